@@ -187,7 +187,8 @@ class Points(_Coordinates):
     def distance(self, other: "Points") -> Float[np.ndarray, "*N"]:
         """Euclidean distances row by row, in the frame's unit. Raises FrameError on mixed frames."""
         self.check_same(other)
-        return np.linalg.norm(self.array - other.array, axis=-1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.linalg.norm(self.array - other.array, axis=-1)
 
     def pairwise_distance(self, other: "Points") -> Float[np.ndarray, "P G"]:
         """Euclidean distance of every pair, in the frame's unit. Raises FrameError on mixed frames."""
@@ -254,7 +255,7 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> Float[np.ndarray, "*N"]:
 
 
 def box_giou(a: ArrayLike, b: ArrayLike) -> Float[np.ndarray, "*N"]:
-    """Generalised IoU (arXiv 1902.09630) in -1..1: IoU minus the empty share of the hull; -1 where either is invalid."""
+    """Generalised IoU (arXiv 1902.09630), -1..1: IoU minus the empty share of the hull; -1 where either is invalid."""
     a, b = _array(a, 4), _array(b, 4)
     inter = box_intersection(a, b)
     with np.errstate(all="ignore"):
@@ -276,7 +277,8 @@ def pairwise_giou(a: ArrayLike, b: ArrayLike) -> Float[np.ndarray, "P G"]:
 
 def pairwise_distance(a: ArrayLike, b: ArrayLike) -> Float[np.ndarray, "P G"]:
     """Euclidean distance of every pair of points [P, 2] and [G, 2]."""
-    return np.linalg.norm(_array(a, 2)[:, None] - _array(b, 2)[None], axis=-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.linalg.norm(_array(a, 2)[:, None] - _array(b, 2)[None], axis=-1)
 
 
 def hungarian(cost: ArrayLike) -> tuple[Int[np.ndarray, "M"], Int[np.ndarray, "M"]]:
@@ -309,14 +311,16 @@ def match_iou(
 
 def center_error(pred: ArrayLike, gt: ArrayLike) -> Float[np.ndarray, "*N"]:
     """Distance of box centres, in the unit of the boxes."""
-    return np.linalg.norm(box_center(pred) - box_center(gt), axis=-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.linalg.norm(box_center(pred) - box_center(gt), axis=-1)
 
 
 def normalized_center_error(pred: ArrayLike, gt: ArrayLike) -> Float[np.ndarray, "*N"]:
     """Distance of box centres after dividing each axis by the target's width or height; inf for an invalid target."""
     sides = _sides(_array(gt, 4))
     good = box_valid(gt)
-    error = np.linalg.norm((box_center(pred) - box_center(gt)) / np.where(good[..., None], sides, 1.0), axis=-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = np.linalg.norm((box_center(pred) - box_center(gt)) / np.where(good[..., None], sides, 1.0), axis=-1)
     return np.where(good, error, np.inf)
 
 
