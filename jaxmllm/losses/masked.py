@@ -5,10 +5,12 @@ mask never reaches the result or the gradient even if it is NaN, infinite or hug
 finite number instead of 0/0. A mask broadcasts against the values, as in numpy. Masks may be bool, int or float.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 Axis = int | tuple[int, ...] | None
+EXPONENT_LIMIT = 60.0  # exp of it is 1e26: far beyond any meaning, and float32 still has room to square or sum it
 
 
 def accumulator_dtype(*arrays: Array) -> jnp.dtype:
@@ -54,11 +56,14 @@ def masked_std(
 ) -> Float[Array, "..."]:
     """Deviation of the counted entries, divided by `count - ddof` (1: the sample deviation); 0 where that is not > 0.
 
-    The gradient is 0, not NaN, where all counted entries are equal.
+    Exactly 0 where all counted entries are equal (the mean of equal floats is not always that float, so entries are
+    taken relative to one of them), and the gradient is then 0, not NaN.
     """
-    keep = (mask != 0) & jnp.ones(jnp.shape(x), bool)
+    keep = _selection(x, mask)
+    origin = jax.lax.stop_gradient(masked_max(x, keep, axis, keepdims=True))
+    shifted = zero_masked(x.astype(accumulator_dtype(x)) - origin, keep)
+    centred = zero_masked(shifted - masked_mean(shifted, keep, axis, keepdims=True), keep)
     count = masked_count(keep, axis, keepdims=True)
-    centred = zero_masked(x - masked_mean(x, keep, axis, keepdims=True), keep)
     variance = jnp.sum(centred**2, axis=axis, keepdims=True) / jnp.maximum(count - ddof, 1)
     std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)
     std = jnp.where(count > ddof, std, 0)
@@ -66,28 +71,49 @@ def masked_std(
 
 
 def masked_min(
-    x: Shaped[Array, "..."], mask: Shaped[Array, "..."], axis: Axis = None, empty: float = 0.0
+    x: Shaped[Array, "..."],
+    mask: Shaped[Array, "..."],
+    axis: Axis = None,
+    keepdims: bool = False,
+    empty: float = 0.0,
 ) -> Float[Array, "..."]:
     """Smallest counted entry, `empty` where nothing is counted."""
-    smallest = jnp.min(jnp.where(mask != 0, x.astype(accumulator_dtype(x)), jnp.inf), axis=axis)
-    return jnp.where(jnp.any((mask != 0) & jnp.ones(jnp.shape(x), bool), axis=axis), smallest, empty)
+    keep = _selection(x, mask)
+    smallest = jnp.min(jnp.where(keep, x.astype(accumulator_dtype(x)), jnp.inf), axis=axis, keepdims=keepdims)
+    return jnp.where(jnp.any(keep, axis=axis, keepdims=keepdims), smallest, empty)
 
 
 def masked_max(
-    x: Shaped[Array, "..."], mask: Shaped[Array, "..."], axis: Axis = None, empty: float = 0.0
+    x: Shaped[Array, "..."],
+    mask: Shaped[Array, "..."],
+    axis: Axis = None,
+    keepdims: bool = False,
+    empty: float = 0.0,
 ) -> Float[Array, "..."]:
     """Largest counted entry, `empty` where nothing is counted."""
-    return -masked_min(-x.astype(accumulator_dtype(x)), mask, axis, -empty)
+    return -masked_min(-x.astype(accumulator_dtype(x)), mask, axis, keepdims, -empty)
 
 
 def masked_quantile(x: Shaped[Array, "..."], mask: Shaped[Array, "..."], q: float) -> Float[Array, ""]:
     """Linearly interpolated `q` quantile (0 to 1) of all counted entries, as `numpy.quantile`; 0 if none is counted."""
-    keep = (mask != 0) & jnp.ones(jnp.shape(x), bool)
-    count = jnp.sum(keep)
+    keep = _selection(x, mask)
+    last = jnp.maximum(jnp.sum(keep) - 1, 0)
     ordered = jnp.sort(jnp.where(keep, x.astype(accumulator_dtype(x)), jnp.inf), axis=None)
-    position = jnp.asarray(q, ordered.dtype) * jnp.maximum(count - 1, 0)
-    low = jnp.floor(position).astype(count.dtype)
-    high = jnp.minimum(low + 1, jnp.maximum(count - 1, 0))
-    below, above = ordered[low], ordered[high]
-    value = below + (position - low) * (above - below)
-    return jnp.where(count > 0, value, 0)
+    position = jnp.asarray(q, ordered.dtype) * last
+    # `q * last` misses a whole number by a rounding error, which would put the quantile just above the entry it is.
+    nearest = jnp.round(position)
+    rounding = 4 * jnp.finfo(position.dtype).eps * jnp.maximum(position, 1)
+    position = jnp.where(jnp.abs(position - nearest) <= rounding, nearest, position)
+    low = jnp.floor(position).astype(last.dtype)
+    below, above = ordered[low], ordered[jnp.minimum(low + 1, last)]
+    return jnp.where(jnp.any(keep), below + (position - low) * (above - below), 0)
+
+
+def safe_exp(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`exp` that cannot overflow: arguments are capped at `EXPONENT_LIMIT`, with no gradient beyond it."""
+    return jnp.exp(jnp.minimum(x, EXPONENT_LIMIT))
+
+
+def _selection(x: Shaped[Array, "..."], mask: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """Which entries of `x` count, as bool, in the shape of both broadcast together."""
+    return jnp.broadcast_to(mask != 0, jnp.broadcast_shapes(jnp.shape(x), jnp.shape(mask)))
