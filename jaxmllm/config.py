@@ -56,7 +56,7 @@ class TextConfig:
     num_attention_heads: int
     num_key_value_heads: int
     mrope_section: tuple[int, int, int]  # rotary frequencies given to temporal, height, width; sums to head_dim / 2
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = 1e-5
     rope_theta: float = 1_000_000.0
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 32768
@@ -128,7 +128,7 @@ def model_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelCo
         num_attention_heads=text("num_attention_heads"),
         num_key_value_heads=text_raw.get("num_key_value_heads") or text("num_attention_heads"),
         mrope_section=section,  # type: ignore[arg-type]
-        rms_norm_eps=float(text_raw.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=float(text_raw.get("rms_norm_eps", 1e-5)),
         rope_theta=_rope_theta(text_raw, 1_000_000.0),
         # transformers reads the top level; a nested text_config may carry a stale default
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", text_raw.get("tie_word_embeddings", False))),

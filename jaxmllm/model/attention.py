@@ -1,0 +1,162 @@
+"""Shared-prompt attention: one routine for prefill, decode, scoring and training.
+
+A sequence is a prompt part of S tokens followed by G completions of T tokens. The prompt attends causally to itself;
+completion g attends to its prompt and causally to itself:
+
+              prompt   c0    c1          prefill : G = 0
+    prompt      \\                       training: all three blocks
+    c0          ##     \\                decode  : one query a completion, against the cache
+    c1          ##           \\
+
+The completion part is two score blocks with one softmax; the prompt's keys are never repeated G times.
+The causal prompt block and the tower's full-frame block may use a fused kernel (`kernel`), everything else is dense.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+KERNELS = ("auto", "dense", "cudnn", "splash")
+MASKED = -1e30  # finite, so that a fully masked row gives a finite (unused) output instead of NaN
+
+
+def choose_kernel(kernel: str, length: int, head_dim: int, dtype) -> str:
+    """Which implementation attends over `length` tokens: `auto` picks by backend, shape and dtype."""
+    if kernel != "auto":
+        return kernel
+    backend = jax.default_backend()
+    if backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
+        return "cudnn"
+    if backend == "tpu" and length % 128 == 0 and head_dim % 64 == 0:
+        return "splash"
+    return "dense"
+
+
+def _heads_first(q: Float[Array, "B X N H"], kv_heads: int) -> Float[Array, "B K RX H"]:
+    """Queries that share a key/value head, side by side: attention is then one batched matrix product a key head."""
+    b, x, n, h = q.shape
+    return q.reshape(b, x, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, -1, h)
+
+
+def _heads_last(out: Float[Array, "B K RX H"], x: int) -> Float[Array, "B X N H"]:
+    b, k, rx, h = out.shape
+    return out.reshape(b, k, rx // x, x, h).transpose(0, 3, 1, 2, 4).reshape(b, x, -1, h)
+
+
+def _scores(q: Float[Array, "*b RX H"], k: Float[Array, "*b Y H"], scale: float) -> Float[Array, "*b RX Y"]:
+    return jnp.einsum("...xh,...yh->...xy", q, k, preferred_element_type=jnp.float32) * scale
+
+
+def dense(
+    q: Float[Array, "B X N H"],
+    k: Float[Array, "B Y K H"],
+    v: Float[Array, "B Y K H"],
+    mask: Bool[Array, "#B #X Y"] | None = None,
+) -> Float[Array, "B X N H"]:
+    """Plain attention with a float32 softmax; `mask` is True where a query may look."""
+    x, heads = q.shape[1], k.shape[2]
+    queries, k, v = _heads_first(q, heads), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = _scores(queries, k, q.shape[-1] ** -0.5)
+    if mask is not None:
+        grouped = scores.reshape(*scores.shape[:2], -1, x, scores.shape[-1])
+        scores = jnp.where(mask[:, None, None], grouped, MASKED).reshape(scores.shape)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return _heads_last(weights @ v, x)
+
+
+def causal_mask(length: int) -> Bool[Array, "1 X X"]:
+    return jnp.asarray(np.tril(np.ones((1, length, length), bool)))
+
+
+def causal(
+    q: Float[Array, "B S N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], kernel: str = "auto"
+) -> Float[Array, "B S N H"]:
+    """Causal self-attention of the prompt. Rows are right-padded, so no real token ever sees padding."""
+    kernel = choose_kernel(kernel, q.shape[1], q.shape[-1], q.dtype)
+    if kernel == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    if kernel == "splash":
+        return _splash(q, k, v, None, is_causal=True)
+    return dense(q, k, v, causal_mask(q.shape[1]))
+
+
+def full(
+    q: Float[Array, "B X N H"],
+    k: Float[Array, "B X N H"],
+    v: Float[Array, "B X N H"],
+    valid: Bool[Array, "B X"],
+    kernel: str = "auto",
+) -> Float[Array, "B X N H"]:
+    """Attention between all valid tokens of a row (a window or a frame of the vision tower)."""
+    kernel = choose_kernel(kernel, q.shape[1], q.shape[-1], q.dtype)
+    if kernel == "cudnn":
+        mask = jnp.broadcast_to(valid[:, None, None, :], (q.shape[0], 1, q.shape[1], q.shape[1]))
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    if kernel == "splash":
+        return _splash(q, k, v, valid.astype(jnp.int32), is_causal=False)
+    return dense(q, k, v, valid[:, None, :])
+
+
+def completion(
+    q: Float[Array, "B G T N H"],
+    k: Float[Array, "B G U K H"],
+    v: Float[Array, "B G U K H"],
+    mask: Bool[Array, "#B #G T U"],
+    prompt_k: Float[Array, "B S K H"],
+    prompt_v: Float[Array, "B S K H"],
+    prompt_lengths: Int[Array, "B"],
+) -> Float[Array, "B G T N H"]:
+    """Completions attend to their prompt and to themselves under one softmax.
+
+    `mask[..., t, u]` is True where query t may see the completion's own key u (causal in training, `u <= step` in decode).
+    """
+    b, g, t, n, h = q.shape
+    s, heads = prompt_k.shape[1], k.shape[3]
+    # [B, K, G, R T, H]: the same array serves both blocks, only grouped differently
+    queries = q.reshape(b, g, t, heads, n // heads, h).transpose(0, 3, 1, 4, 2, 5).reshape(b, heads, g, -1, h)
+    k, v = k.transpose(0, 3, 1, 2, 4), v.transpose(0, 3, 1, 2, 4)
+    prompt_k, prompt_v = prompt_k.transpose(0, 2, 1, 3), prompt_v.transpose(0, 2, 1, 3)
+
+    own = _scores(queries, k, h**-0.5).reshape(b, heads, g, n // heads, t, -1)
+    own = jnp.where(mask[:, None, :, None], own, MASKED).reshape(b, heads, g, (n // heads) * t, -1)
+    shared = _scores(queries.reshape(b, heads, -1, h), prompt_k, h**-0.5)
+    visible = jnp.arange(s) < prompt_lengths[:, None]
+    shared = jnp.where(visible[:, None, None], shared, MASKED).reshape(*own.shape[:-1], s)
+
+    top = jnp.maximum(own.max(-1, keepdims=True), shared.max(-1, keepdims=True))
+    top = jax.lax.stop_gradient(top)
+    own, shared = jnp.exp(own - top), jnp.exp(shared - top)
+    total = own.sum(-1, keepdims=True) + shared.sum(-1, keepdims=True)
+    from_prompt = shared.reshape(b, heads, -1, s).astype(v.dtype) @ prompt_v
+    out = own.astype(v.dtype) @ v + from_prompt.reshape(queries.shape)
+    out = (out / total).astype(q.dtype)
+    return out.reshape(b, heads, g, n // heads, t, h).transpose(0, 2, 4, 1, 3, 5).reshape(q.shape)
+
+
+@functools.lru_cache
+def _splash_kernel(heads: int, length: int, is_causal: bool):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    one = masks.CausalMask((length, length)) if is_causal else masks.FullMask((length, length))
+    with jax.ensure_compile_time_eval():
+        return splash.make_splash_mha_single_device(masks.MultiHeadMask([one] * heads))
+
+
+def _splash(q, k, v, segments: Int[Array, "B X"] | None, is_causal: bool):
+    """TPU splash attention; rows with different segment ids do not see each other."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    repeat = q.shape[2] // k.shape[2]
+    if repeat > 1:
+        k, v = jnp.repeat(k, repeat, axis=2), jnp.repeat(v, repeat, axis=2)
+    q, k, v = (a.transpose(0, 2, 1, 3) for a in (q * q.shape[-1] ** -0.5, k, v))
+    kernel = _splash_kernel(q.shape[1], q.shape[2], is_causal)
+    if segments is None:
+        out = jax.vmap(kernel)(q, k, v)
+    else:
+        out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash.SegmentIds(ids, ids)))(q, k, v, segments)
+    return out.transpose(0, 2, 1, 3)
