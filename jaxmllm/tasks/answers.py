@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from jaxmllm.geometry import Boxes
 
@@ -30,6 +30,7 @@ THINKING_SYSTEM = (
 THINKING_SUFFIX = (
     " Output the thinking process in <think> </think> and final answer (number) in <answer> </answer> tags."
 )
+JSON_REQUEST = " Report the bbox coordinates in JSON format."
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,6 @@ def write_tokens(segments: Sequence[tuple[str, Int[np.ndarray, "N 4"]]]) -> str:
 # --- box JSON -------------------------------------------------------------------------------------------------------
 
 _FLAT_OBJECT = re.compile(r"\{[^{}]*+\}")
-_FENCE = re.compile(r"```(?:json)?\s*+(.*?)\s*```", re.DOTALL)
 
 
 def _refuse(constant: str) -> None:
@@ -233,9 +233,17 @@ def json_objects(text: str) -> list[dict[str, Any]]:
     strict = json_list(text)
     if strict is not None:
         return [item for item in strict if isinstance(item, dict)]
-    fence = _FENCE.search(text)
-    candidates = _FLAT_OBJECT.findall(fence[1] if fence else text)
+    _, fence, body = text.partition("```json")
+    candidates = _FLAT_OBJECT.findall(body.partition("```")[0] if fence else text)
     return [item for item in map(load_json, candidates) if isinstance(item, dict)]
+
+
+def json_box(item: Any) -> tuple[list[float], str] | None:
+    """Box and label of an element `{"bbox_2d": [x1, y1, x2, y2], "label": text}`; None for anything else."""
+    if not isinstance(item, dict) or not isinstance(item.get("label"), str):
+        return None
+    box = four_numbers(item.get("bbox_2d"))
+    return None if box is None else (box, item["label"])
 
 
 def write_json(items: Sequence[dict[str, Any]]) -> str:
@@ -244,19 +252,44 @@ def write_json(items: Sequence[dict[str, Any]]) -> str:
     return f"```json\n[\n{lines}\n]\n```" if items else "```json\n[]\n```"
 
 
-# --- whole-number boxes ---------------------------------------------------------------------------------------------
+# --- both styles ----------------------------------------------------------------------------------------------------
+
+Labelled = tuple[list[float], str]  # ([x1, y1, x2, y2], label)
+
+
+def labelled_boxes(body: str, style: str) -> list[Labelled | None] | None:
+    """Every box of an answer that is wholly in the style's format; None for an element that cannot be read.
+
+    The answer is None where the whole text is in another format. Boxes are finite, but may be inverted.
+    """
+    if choose(style, STYLES, "style") == "qwen2_5_vl":
+        items = json_list(body)
+        return None if items is None else [json_box(item) for item in items]
+    segments = token_segments(body)
+    if segments is None:
+        return None
+    boxes = [(pair_box(text), label) for label, contents in segments for text in contents]
+    return [None if box is None else (box, label) for box, label in boxes]
+
+
+def write_boxes(segments: Sequence[tuple[str, Int[np.ndarray, "N 4"]]], style: str) -> str:
+    """Whole-number boxes per label, as `style` writes them."""
+    if choose(style, STYLES, "style") == "qwen2_vl":
+        return write_tokens(segments)
+    return write_json([{"bbox_2d": box, "label": label} for label, boxes in segments for box in boxes.tolist()])
 
 
 def whole_boxes(boxes: Boxes) -> Int[np.ndarray, "N 4"]:
     """Boxes rounded to whole numbers of their frame, clipped to the image, each side kept at least one unit."""
-    width, height = (max(int(side), 1) for side in boxes.extent())
+    limit = np.array([max(int(side), 1) for side in boxes.extent()])
     grid = np.rint(boxes.clip().array).astype(np.int64).reshape(-1, 4)
-    limit = np.array([width, height])
     low = np.minimum(grid[:, :2], limit - 1)
-    high = np.minimum(np.maximum(grid[:, 2:], low + 1), limit)
+    high = np.clip(grid[:, 2:], low + 1, limit)
     return np.concatenate([low, high], axis=-1)
 
 
-def whole_points(points: Float[np.ndarray, "N 2"]) -> Int[np.ndarray, "N 2"]:
-    """Points rounded to whole numbers."""
-    return np.rint(points).astype(np.int64).reshape(-1, 2)
+def finish_prompt(text: str, style: str, thinking: bool) -> str:
+    """The question with what the style and the answer form add: a request for JSON, the thinking suffix."""
+    if choose(style, STYLES, "style") == "qwen2_5_vl":
+        text += JSON_REQUEST
+    return text + THINKING_SUFFIX if thinking else text
