@@ -1,0 +1,350 @@
+"""Hugging Face safetensors in and out, through one invertible table of names.
+
+Tensors are read one at a time straight into the shards of the target array, so the host holds the target plus one tensor;
+nothing is memory-mapped. Everything that does not match is collected and reported at once.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxmllm.config import ModelConfig
+from jaxmllm.errors import InputError
+from jaxmllm.model import qwen_vl
+
+# our path -> Hugging Face's name. {n} is a captured group, {layer} the index on our stacked axis, {leaf} weight or bias.
+NAMES = (
+    (r"embed", "model.embed_tokens.weight"),
+    (r"head", "lm_head.weight"),
+    (r"text/norm/(?P<leaf>\w+)", "model.norm.{leaf}"),
+    (r"text/layers/(?P<block>.+)/(?P<leaf>\w+)", "model.layers.{layer}.{block}.{leaf}"),
+    (r"vision/patch_embed/(?P<leaf>\w+)", "visual.patch_embed.proj.{leaf}"),
+    (r"vision/blocks/(?P<block>.+)/(?P<leaf>\w+)", "visual.blocks.{layer}.{block}.{leaf}"),
+    (r"vision/ln_q/(?P<leaf>\w+)", "visual.merger.ln_q.{leaf}"),
+    (r"vision/merger_fc1/(?P<leaf>\w+)", "visual.merger.mlp.0.{leaf}"),
+    (r"vision/merger_fc2/(?P<leaf>\w+)", "visual.merger.mlp.2.{leaf}"),
+)
+# transformers >= 4.52 nests the parts one level deeper in memory; both spellings occur in files
+ALIASES = (("model.language_model.", "model."), ("model.visual.", "visual."))
+IGNORED = re.compile(r"rotary_emb\.inv_freq$|rotary_pos_emb\.inv_freq$")  # buffers that old versions saved
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # config, tokenizer and processor files copied on export
+MAX_LISTED = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint and where it goes: `path` in our tree, `layer` on the stacked axis or None."""
+
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]  # Hugging Face's shape
+    own_shape: tuple[int, ...]  # ours, without the stacked axis
+
+    def to_own(self, tensor: np.ndarray) -> np.ndarray:
+        """Kernels are [out, in...] there and [in, out...] here; vectors are only reshaped. The embedding stays."""
+        if self.path[-1] in ("kernel", "head"):
+            tensor = tensor.reshape(tensor.shape[0], -1).T
+        return tensor.reshape(self.own_shape)
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        if self.path[-1] in ("kernel", "head"):
+            array = array.reshape(array.shape[0], -1).T
+        return np.ascontiguousarray(array.reshape(self.shape))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key in sorted(tree):
+        value = tree[key]
+        yield from _leaves(value, (*prefix, key)) if isinstance(value, Mapping) else [((*prefix, key), value)]
+
+
+def abstract_params(cfg: ModelConfig) -> dict:
+    """Shapes of every parameter, without any memory."""
+    return jax.eval_shape(lambda key: qwen_vl.init(key, cfg), jax.random.key(0))
+
+
+def key_table(cfg: ModelConfig) -> dict[str, Entry]:
+    """Hugging Face name -> Entry, for every tensor of the architecture."""
+    table = {}
+    for path, leaf in _leaves(abstract_params(cfg)):
+        joined = "/".join(path)
+        pattern, template = next((p, t) for p, t in NAMES if re.fullmatch(p, joined))
+        groups = {k: v.replace("/", ".") for k, v in re.fullmatch(pattern, joined).groupdict().items()}
+        groups["leaf"] = {"kernel": "weight", "scale": "weight"}.get(groups.get("leaf", ""), groups.get("leaf", ""))
+        stacked = "{layer}" in template
+        own = leaf.shape[1:] if stacked else leaf.shape
+        if joined == "vision/patch_embed/kernel":
+            v = cfg.vision
+            shape = (own[1], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
+        elif path[-1] in ("kernel", "head"):
+            shape = (math.prod(own[1:]), own[0])
+        else:
+            shape = (math.prod(own),) if path[-1] in ("scale", "bias") else own
+        for layer in range(leaf.shape[0]) if stacked else [None]:
+            table[template.format(layer=layer, **groups)] = Entry(path, layer, shape, own)
+    return table
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def read(self) -> np.ndarray:
+        dtype = jnp.dtype(DTYPES[self.dtype])
+        count = math.prod(self.shape)
+        return np.fromfile(self.file, dtype, count, offset=self.start).reshape(self.shape)
+
+
+def _read_header(file: Path) -> dict[str, Stored]:
+    size = file.stat().st_size
+    with open(file, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise InputError(f"{file}: truncated or not a safetensors file (header of {length} bytes, file of {size})")
+        try:
+            header = json.loads(handle.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"{file}: not a safetensors file ({error})") from None
+    base = 8 + length
+    return {
+        name: Stored(file, raw["dtype"], tuple(raw["shape"]), base + raw["data_offsets"][0], base + raw["data_offsets"][1])
+        for name, raw in header.items()
+        if name != "__metadata__"
+    }
+
+
+def stored_tensors(folder: str | Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint folder, by canonical name: `model.safetensors` or the shards of its index."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        lost = [file.name for file in files if not file.exists()]
+        if lost:
+            raise InputError(f"{index}: shards missing from the folder: {', '.join(lost)}")
+    elif (folder / "model.safetensors").exists():
+        files = [folder / "model.safetensors"]
+    else:
+        raise InputError(f"{folder}: no model.safetensors or model.safetensors.index.json (only safetensors are read)")
+    found = {}
+    for file in files:
+        for name, tensor in _read_header(file).items():
+            for long, short in ALIASES:
+                name = name.replace(long, short, 1) if name.startswith(long) else name
+            found[name] = tensor
+    return found
+
+
+def _check(folder: Path, cfg: ModelConfig, table: dict[str, Entry], found: dict[str, Stored]) -> None:
+    """Raises one InputError that lists every missing, unexpected, misshaped, truncated or mistyped tensor."""
+    problems = [f"missing     {name} {list(table[name].shape)}" for name in table if name not in found]
+    for name, tensor in found.items():
+        if name not in table:
+            tied = name == "lm_head.weight" and cfg.text.tie_word_embeddings
+            if not tied and not IGNORED.search(name):
+                problems.append(f"unexpected  {name} {list(tensor.shape)}")
+            continue
+        if tensor.shape != table[name].shape:
+            problems.append(f"misshaped   {name} {list(tensor.shape)}, expected {list(table[name].shape)}")
+        elif tensor.dtype not in DTYPES:
+            problems.append(f"mistyped    {name} {tensor.dtype}, expected one of {', '.join(DTYPES)}")
+        elif tensor.end - tensor.start != math.prod(tensor.shape) * jnp.dtype(DTYPES[tensor.dtype]).itemsize:
+            problems.append(f"corrupt     {name}: {tensor.end - tensor.start} bytes for shape {list(tensor.shape)}")
+        elif tensor.end > tensor.file.stat().st_size:
+            problems.append(f"truncated   {name}: {tensor.file.name} ends before it")
+    if problems:
+        more = f"\n  ... and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        raise InputError(
+            f"{folder}: the checkpoint does not fit its config.json, {len(problems)} tensors differ:\n  "
+            + "\n  ".join(problems[:MAX_LISTED])
+            + more
+        )
+
+
+def load_params(
+    folder: str | Path,
+    cfg: ModelConfig,
+    *,
+    dtype: str | None = None,
+    sharding: Callable[[tuple[str, ...], jax.ShapeDtypeStruct], jax.sharding.Sharding] | None = None,
+) -> dict:
+    """Reads a checkpoint folder into our tree, each array created in its sharding.
+
+    `dtype`: cast to it (None keeps the stored one). `sharding(path, shape)` names the target of each array; the default is
+    the first local device. Raises InputError with the full list when tensors are missing, extra, misshaped or truncated.
+    """
+    folder = Path(folder)
+    table, found = key_table(cfg), stored_tensors(folder)
+    _check(folder, cfg, table, found)
+    members: dict[tuple[str, ...], list[str]] = {}
+    for name, entry in table.items():
+        members.setdefault(entry.path, []).append(name)
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params: dict = {}
+    for path, leaf in _leaves(abstract_params(cfg)):
+        kind = jnp.dtype(dtype or DTYPES[found[members[path][0]].dtype])
+        target = sharding(path, leaf) if sharding else default
+        array = _load_leaf(leaf.shape, kind, target, [(table[n], found[n]) for n in members[path]])
+        node = params
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = array
+    return params
+
+
+def _load_leaf(shape, dtype, sharding, tensors: list[tuple[Entry, Stored]]) -> jax.Array:
+    """Fills one buffer per distinct local shard while reading each tensor once."""
+    places = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        places.setdefault(bounds, []).append(device)
+    buffers = {bounds: np.empty([hi - lo for lo, hi in bounds], dtype) for bounds in places}
+    for entry, stored in tensors:
+        tensor = entry.to_own(stored.read())
+        for bounds, buffer in buffers.items():
+            if entry.layer is None:
+                buffer[...] = tensor[tuple(slice(*b) for b in bounds)]
+            elif bounds[0][0] <= entry.layer < bounds[0][1]:
+                buffer[entry.layer - bounds[0][0]] = tensor[tuple(slice(*b) for b in bounds[1:])]
+    shards = []
+    for bounds in list(buffers):
+        buffer = buffers.pop(bounds)
+        shards += [jax.device_put(buffer, device) for device in places[bounds]]
+        jax.block_until_ready(shards)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _to_host(leaf) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
+def save_params(
+    params: Mapping[str, Any],
+    cfg: ModelConfig,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = 2 << 30,
+) -> None:
+    """Writes a folder that transformers loads: safetensors (sharded above `max_shard_bytes`), index and config.json.
+
+    Config, tokenizer and processor files are copied from `source` when given. The folder appears whole or not at all; an
+    existing folder is replaced. Every process must call it; the first writes. Raises InputError for a tree with LoRA left.
+    """
+    if "lora" in params:
+        raise InputError("export: merge the LoRA weights first (jaxmllm.model.lora.merge)")
+    folder = Path(folder)
+    members: dict[tuple[str, ...], list[tuple[str, Entry]]] = {}
+    for name, entry in key_table(cfg).items():
+        members.setdefault(entry.path, []).append((name, entry))
+    writer = jax.process_index() == 0
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)) if writer else None
+    files: list[list[str]] = []
+    shard: dict[str, np.ndarray] = {}
+
+    def flush():
+        if shard and stage is not None:
+            save_file(shard, stage / f"part-{len(files)}", metadata={"format": "pt"})
+            files.append(list(shard))
+            shard.clear()
+
+    try:
+        total = 0
+        for path, leaf in _leaves(params):
+            host = _to_host(leaf).astype(jnp.dtype(dtype)) if dtype else _to_host(leaf)
+            for name, entry in members[path]:
+                tensor = entry.to_hf(host if entry.layer is None else host[entry.layer])
+                if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_shard_bytes:
+                    flush()
+                shard[name] = tensor
+                total += tensor.nbytes
+        flush()
+        if stage is not None:
+            _finish(stage, folder, files, total, cfg, source)
+    except BaseException:
+        if stage is not None:
+            shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def _finish(stage: Path, folder: Path, files: list[list[str]], total: int, cfg: ModelConfig, source) -> None:
+    weight_map = {}
+    for i, names in enumerate(files):
+        single = len(files) == 1
+        name = "model.safetensors" if single else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        os.replace(stage / f"part-{i}", stage / name)
+        weight_map |= dict.fromkeys(names, name)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (stage / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    for pattern in SIDE_FILES if source else ():
+        for file in Path(source).glob(pattern):
+            if file.name != "model.safetensors.index.json":
+                shutil.copy(file, stage / file.name)
+    if not (stage / "config.json").exists():
+        (stage / "config.json").write_text(json.dumps(config_to_hf(cfg), indent=2))
+    os.chmod(stage, 0o755)
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        os.replace(stage, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(stage, folder)
+
+
+def config_to_hf(cfg: ModelConfig) -> dict:
+    """The `config.json` content of a configuration, in the flat form that every transformers >= 4.51 reads."""
+    text, vision = dataclasses.asdict(cfg.text), dataclasses.asdict(cfg.vision)
+    section = text.pop("mrope_section")
+    rope_theta = vision.pop("rope_theta")
+    if rope_theta != 10000.0:
+        vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": rope_theta}
+    if cfg.model_type == "qwen2_vl":
+        vision["embed_dim"] = vision.pop("hidden_size")
+        vision["hidden_size"] = vision.pop("out_hidden_size")
+        vision["mlp_ratio"] = vision.pop("intermediate_size") / vision["embed_dim"]
+        for key in ("window_size", "fullatt_block_indexes", "tokens_per_second"):
+            vision.pop(key)
+    architecture = {"qwen2_vl": "Qwen2VLForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}
+    return {
+        "architectures": [architecture[cfg.model_type]],
+        "model_type": cfg.model_type,
+        **text,
+        "hidden_act": "silu",
+        "rope_scaling": {"type": "mrope", "mrope_section": list(section)},
+        "use_sliding_window": False,
+        "vision_config": {"model_type": cfg.model_type, **vision},
+        "image_token_id": cfg.image_token_id,
+        "video_token_id": cfg.video_token_id,
+        "vision_start_token_id": cfg.vision_start_token_id,
+        "vision_end_token_id": cfg.vision_end_token_id,
+        "eos_token_id": list(cfg.eos_token_id) if len(cfg.eos_token_id) > 1 else next(iter(cfg.eos_token_id), None),
+        "pad_token_id": cfg.pad_token_id,
+    }
