@@ -103,8 +103,10 @@ class _Coordinates:
         if frame == self.frame:
             return self
         source, target = np.array(self.extent()), np.array(self.extent(frame))
-        return replace(self, array=self.array / np.tile(source, self._width // 2) * np.tile(target, self._width // 2),
-                       frame=frame)
+        repeats = self._width // 2
+        with np.errstate(over="ignore"):
+            array = self.array / np.tile(source, repeats) * np.tile(target, repeats)
+        return replace(self, array=array, frame=frame)
 
     def check_same(self, other: "_Coordinates") -> None:
         """Raise FrameError unless `other` has this frame and, where both know it, this image's sizes."""
