@@ -36,12 +36,13 @@ from jaxmllm.tasks import answers
 
 # The 80 classes of COCO with their ids, in id order.
 _COCO_NAMES = (
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,"
-    "bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,"
-    "snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,"
-    "knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,"
-    "dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,"
-    "vase,scissors,teddy bear,hair drier,toothbrush"
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
+    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,"
+    "suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,"
+    "tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,"
+    "hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,"
+    "cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,"
+    "toothbrush"
 ).split(",")
 _COCO_GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO_IDS = dict(zip(_COCO_NAMES, (i for i in range(1, 91) if i not in _COCO_GAPS), strict=True))
@@ -132,8 +133,9 @@ def released_parse(text: str) -> tuple[list[int], list[Any], float] | None:
     items = answers.json_list(text[: answers.MAX_CHARS])
     if not items:
         return None
-    found = [item for item in items if isinstance(item, dict) and "bbox_2d" in item and isinstance(item.get("label"), str)]
-    good = [(COCO_IDS[item["label"]], item["bbox_2d"]) for item in found if item["label"] in COCO_IDS]
+    labelled = [item for item in items if isinstance(item, dict) and isinstance(item.get("label"), str)]
+    known = [item for item in labelled if "bbox_2d" in item and item["label"] in COCO_IDS]
+    good = [(COCO_IDS[item["label"]], item["bbox_2d"]) for item in known]
     if not good:
         return None
     ids, boxes = zip(*good, strict=True)
@@ -213,9 +215,7 @@ def _center_size(boxes: Float[np.ndarray, "N 4"]) -> Float[np.ndarray, "N 4"]:
 # --- task -----------------------------------------------------------------------------------------------------------
 
 
-def prompt(
-    record: Mapping[str, Any], style: str = "qwen2_5_vl", thinking: bool = False, wording: str = "train"
-) -> str:
+def prompt(record: Mapping[str, Any], style: str = "qwen2_5_vl", thinking: bool = False, wording: str = "train") -> str:
     """The user's text with the record's `categories` (default: the 80 of COCO).
 
     `wording` chooses the published training or evaluation text; which one the released weights saw is unknown.
@@ -244,9 +244,7 @@ def answer(record: Mapping[str, Any], style: str = "qwen2_5_vl", thinking: bool 
         if not segments or segments[-1][0] != label:
             segments.append((label, []))
         segments[-1][1].append(box)
-    return answers.wrap(
-        answers.write_boxes([(label, np.array(group)) for label, group in segments], style), thinking
-    )
+    return answers.wrap(answers.write_boxes([(label, np.array(group)) for label, group in segments], style), thinking)
 
 
 def parse(
