@@ -74,7 +74,8 @@ def logits(params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n voc
     """float32 logits. Holds [*n, vocab]: for losses use `jaxmllm.losses.logprobs`, which never does."""
     kernel = head_kernel(params).astype(hidden.dtype)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return (flat @ kernel).astype(jnp.float32).reshape(*hidden.shape[:-1], -1)
+    out = jnp.einsum("nd,dv->nv", flat, kernel, preferred_element_type=jnp.float32)
+    return out.reshape(*hidden.shape[:-1], -1)
 
 
 def _last_hidden(hidden: Float[Array, "B S D"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:

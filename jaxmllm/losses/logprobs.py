@@ -1,0 +1,149 @@
+"""Token log-probabilities and entropies, under exactly the distribution that is sampled, never holding [B, T, vocab].
+
+The vocabulary product runs over chunks of time, rematerialised in the backward pass. Chunks are of time and not of rows so
+that rows keep their place on the mesh.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmllm.errors import InputError
+
+MASKED = -1e30  # log-weight of a token that cannot be drawn; finite, so that 0 * MASKED is 0 in the entropy
+CHUNK_ELEMENTS = 1 << 25  # logits held at once on one device: 128 MiB of float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """The distribution tokens are drawn from; names and order of application are those of transformers' `generate`.
+
+    Hashable: it is static under jit, since every option changes the program.
+    """
+
+    temperature: float = 1.0  # divides the logits; 0 is greedy
+    top_k: int = 0  # keep the k likeliest tokens (ties kept); 0 keeps all
+    top_p: float = 1.0  # keep the smallest set of likeliest tokens with at least this mass (ties kept)
+    min_p: float | None = None  # keep tokens at least this fraction as likely as the likeliest
+    repetition_penalty: float = 1.0  # divides positive (multiplies negative) logits of tokens already in the row
+    banned: tuple[int, ...] = ()  # never drawn: vision placeholders
+
+    def validate(self) -> "Sampling":
+        """Raises InputError naming the option that is out of range."""
+        for name, ok, need in (
+            ("temperature", self.temperature >= 0, ">= 0"),
+            ("top_k", self.top_k >= 0, ">= 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
+        ):
+            if not ok:
+                raise InputError(f"{name} = {getattr(self, name)}: must be {need}")
+        return self
+
+    @property
+    def scored(self) -> "Sampling":
+        """The distribution whose log-probabilities a greedy run reports: temperature 1, no filter but the ban."""
+        return self if self.temperature > 0 else Sampling(banned=self.banned)
+
+
+def warp(
+    logits: Float[Array, "R V"], sampling: Sampling, seen: Bool[Array, "R V"] | None = None
+) -> Float[Array, "R V"]:
+    """Logits of the sampled distribution (not normalised); excluded tokens are MASKED. `seen`: tokens in the row so far."""
+    x = logits.astype(jnp.float32)
+    if sampling.repetition_penalty != 1.0:
+        penalised = jnp.where(x > 0, x / sampling.repetition_penalty, x * sampling.repetition_penalty)
+        x = jnp.where(seen, penalised, x)
+    if sampling.banned:
+        x = x.at[:, jnp.asarray(sampling.banned)].set(MASKED)
+    if sampling.temperature not in (0.0, 1.0):
+        x = x / sampling.temperature
+    if 0 < sampling.top_k < x.shape[-1]:
+        kth = jax.lax.top_k(jax.lax.stop_gradient(x), sampling.top_k)[0][:, -1:]
+        x = jnp.where(x >= kth, x, MASKED)
+    if sampling.top_p < 1.0:
+        x = jnp.where(_nucleus(jax.lax.stop_gradient(x), sampling.top_p), x, MASKED)
+    if sampling.min_p:
+        floor = jax.lax.stop_gradient(x.max(-1, keepdims=True)) + jnp.log(sampling.min_p)
+        x = jnp.where(x >= floor, x, MASKED)
+    return x
+
+
+def _nucleus(x: Float[Array, "R V"], top_p: float) -> Bool[Array, "R V"]:
+    """True on the smallest set of largest entries with mass >= top_p, by bisection over the float's bits.
+
+    32 masked sums instead of a sort: several times faster at 150,000 tokens, and exact, since the bits of a float are
+    ordered like the float.
+    """
+    probs = jax.nn.softmax(x, axis=-1)
+    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)  # probabilities are >= 0: bits are ordered as they are
+
+    def halve(_, bounds):
+        low, high = bounds  # mass(bits >= low) >= top_p > mass(bits >= high)
+        middle = low + (high - low) // 2
+        enough = jnp.where(bits >= middle, probs, 0).sum(-1, keepdims=True) >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    top = bits.max(-1, keepdims=True) + 1
+    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(top), top))
+    return bits >= low
+
+
+def seen_tokens(tokens: Int[Array, "R S"], lengths: Int[Array, "R"], vocab: int) -> Bool[Array, "R V"]:
+    """Which tokens occur in the first `lengths` of each row."""
+    real = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    return jnp.zeros((tokens.shape[0], vocab), bool).at[rows, tokens].max(real)
+
+
+def token_logprobs(
+    hidden: Float[Array, "*b T D"],
+    kernel: Float[Array, "D V"],
+    targets: Int[Array, "*b T"],
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    *,
+    seen: Bool[Array, "*b V"] | None = None,
+    chunk: int | None = None,
+) -> tuple[Float[Array, "*b T"], Float[Array, "*b T"]]:
+    """Log-probability of each target under `sampling` and entropy of that distribution (nats), both float32.
+
+    `hidden[..., t, :]` predicts `targets[..., t]`. `seen`: tokens of the prompt, needed for a repetition penalty; the targets
+    themselves are added as they come. `chunk`: positions of time at once, None picks one that holds CHUNK_ELEMENTS logits.
+    """
+    *lead, length, width = hidden.shape
+    vocab = kernel.shape[1]
+    hidden, targets = hidden.reshape(-1, length, width), targets.reshape(-1, length)
+    rows = hidden.shape[0]
+    penalised = sampling.repetition_penalty != 1.0
+    chunk = 1 if penalised else max(1, min(length, chunk or CHUNK_ELEMENTS // max(1, rows * vocab)))
+    pad = -length % chunk
+    sampling = sampling.scored
+
+    def split(a):
+        a = jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2))
+        return a.reshape(rows, -1, chunk, *a.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def one_chunk(seen, inputs):
+        h, target = inputs
+        logits = jnp.einsum(
+            "nd,dv->nv", h.reshape(-1, width), kernel.astype(h.dtype), preferred_element_type=jnp.float32
+        )
+        x = warp(logits, sampling, seen)
+        norm = jax.nn.logsumexp(x, axis=-1)
+        picked = jnp.take_along_axis(x, target.reshape(-1, 1), axis=-1)[:, 0]
+        entropy = norm - (jnp.exp(x - norm[:, None]) * x).sum(-1)
+        if penalised:
+            seen = seen.at[jnp.arange(rows), target[:, 0]].set(True)
+        return seen, ((picked - norm).reshape(target.shape), entropy.reshape(target.shape))
+
+    if penalised:
+        if seen is None:
+            raise ValueError("a repetition penalty needs `seen`, the tokens of the prompt")
+        seen = seen.reshape(rows, vocab)
+    _, outputs = jax.lax.scan(one_chunk, seen, (split(hidden), split(targets)))
+    logps, entropies = (a.swapaxes(0, 1).reshape(rows, -1)[:, :length].reshape(*lead, length) for a in outputs)
+    return logps, entropies

@@ -1,0 +1,188 @@
+"""Sampling: prefill once a prompt, then one `while_loop` that decodes every completion of the batch together.
+
+The loop can be left and entered again (`advance` up to a step), which is how text is streamed; `sample` runs it to the end.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxmllm.config import ModelConfig
+from jaxmllm.losses.logprobs import Sampling, seen_tokens, warp
+from jaxmllm.model import qwen_vl
+from jaxmllm.types import KVCache, Prompts, Samples
+
+BLOCK = 512  # tokens of the vocabulary summed together when drawing
+
+
+@struct.dataclass
+class State:
+    """Everything the loop carries. Donated: the cache is written in place."""
+
+    step: Int[Array, ""]  # tokens written so far
+    keys: Key[Array, "B G"]  # one stream of randomness a completion
+    tokens: Int[Array, "B G T"]
+    logps: Float[Array, "B G T"]
+    lengths: Int[Array, "B G"]
+    stopped: Bool[Array, "B G"]  # wrote a stop token
+    done: Bool[Array, "B G"]  # stopped, or never wanted
+    seen: Bool[Array, "BG V"] | None  # for the repetition penalty
+    cache: KVCache
+
+
+def row_keys(seed: Key[Array, ""], ids: Int[Array, "B"], num_generations: int) -> Key[Array, "B G"]:
+    """A key for every completion, from the prompt's id and the completion's number: the batch around it plays no part."""
+    one = jax.vmap(jax.random.fold_in, (None, 0))
+    return jax.vmap(lambda i: one(jax.random.fold_in(seed, i), jnp.arange(num_generations)))(ids)
+
+
+def draw(keys: Key[Array, "R"], x: Float[Array, "R V"], norm: Float[Array, "R"]) -> Int[Array, "R"]:
+    """One token a row by the inverse of the distribution function, in two levels so that float32 sums stay exact enough.
+
+    Two uniforms a row instead of one Gumbel variate a vocabulary entry.
+    """
+    rows, vocab = x.shape
+    probs = jnp.pad(jnp.exp(x - norm[:, None]), ((0, 0), (0, -vocab % BLOCK))).reshape(rows, -1, BLOCK)
+    u = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+
+    def pick(weights, u):
+        cumulated = jnp.cumsum(weights, axis=-1)
+        index = (cumulated <= u[:, None] * cumulated[:, -1:]).sum(-1)
+        # u * total can round up to the total: then take the likeliest, which has weight
+        return jnp.where(index < weights.shape[-1], index, weights.argmax(-1))
+
+    block = pick(probs.sum(-1), u[:, 0])
+    inside = pick(jnp.take_along_axis(probs, block[:, None, None], axis=1)[:, 0], u[:, 1])
+    return (block * BLOCK + inside).astype(jnp.int32)
+
+
+def _write(params, sampling: Sampling, stop_ids: tuple[int, ...], hidden: Float[Array, "B G D"], state: State) -> State:
+    """Draws token number `step` of every completion that is not done."""
+    b, g, _ = hidden.shape
+    raw = qwen_vl.logits(params, hidden).reshape(b * g, -1)
+    scored = warp(raw, sampling.scored, state.seen)
+    norm = jax.nn.logsumexp(scored, axis=-1)
+    if sampling.temperature == 0:
+        token = jnp.argmax(warp(raw, sampling, state.seen), axis=-1).astype(jnp.int32)
+    else:
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys.reshape(-1), state.step)
+        token = draw(step_keys, scored, norm)
+    logp = jnp.take_along_axis(scored, token[:, None], axis=-1)[:, 0] - norm
+    seen = None if state.seen is None else state.seen.at[jnp.arange(b * g), token].set(True)
+    token, logp = token.reshape(b, g), logp.reshape(b, g)
+
+    def put(array, value):
+        old = jax.lax.dynamic_index_in_dim(array, state.step, axis=2, keepdims=False)
+        new = jnp.where(state.done, old, value.astype(array.dtype))
+        return jax.lax.dynamic_update_index_in_dim(array, new, state.step, axis=2)
+
+    ends = jnp.isin(token, jnp.asarray(stop_ids, jnp.int32)) & ~state.done
+    return state.replace(
+        step=state.step + 1,
+        tokens=put(state.tokens, token),
+        logps=put(state.logps, logp),
+        lengths=state.lengths + ~state.done,
+        stopped=state.stopped | ends,
+        done=state.done | ends,
+        seen=seen,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "sampling", "num_generations", "max_new_tokens", "stop_ids", "pad_id"))
+def start(
+    params,
+    cfg: ModelConfig,
+    prompts: Prompts,
+    keys: Key[Array, "B G"],
+    sampling: Sampling,
+    *,
+    num_generations: int,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+    counts: Int[Array, "B"] | None = None,
+    vision_tokens: Float[Array, "B V D"] | None = None,
+) -> State:
+    """Encodes and prefills the prompts and writes the first token. `counts`: completions wanted of each prompt, at most G."""
+    hidden, cache = qwen_vl.prefill(params, cfg, prompts, num_generations, max_new_tokens, vision_tokens)
+    b = hidden.shape[0]
+    shape = (b, num_generations)
+    done = jnp.zeros(shape, bool) if counts is None else jnp.arange(num_generations) >= counts[:, None]
+    seen = None
+    if sampling.repetition_penalty != 1.0:
+        seen = seen_tokens(prompts.tokens, prompts.lengths, cfg.text.vocab_size)
+        seen = jnp.repeat(seen, num_generations, axis=0)
+    state = State(
+        step=jnp.zeros((), jnp.int32),
+        keys=keys,
+        tokens=jnp.full((*shape, max_new_tokens), pad_id, jnp.int32),
+        logps=jnp.zeros((*shape, max_new_tokens), jnp.float32),
+        lengths=jnp.zeros(shape, jnp.int32),
+        stopped=jnp.zeros(shape, bool),
+        done=done,
+        seen=seen,
+        cache=cache,
+    )
+    hidden = jnp.broadcast_to(hidden[:, None], (*shape, hidden.shape[-1]))
+    return _write(params, sampling, stop_ids, hidden, state)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "sampling", "stop_ids"), donate_argnames="state")
+def advance(
+    params, cfg: ModelConfig, state: State, until: Int[Array, ""], sampling: Sampling, stop_ids: tuple[int, ...]
+) -> State:
+    """Decodes until every completion is done or `until` tokens are written."""
+
+    def unfinished(state: State):
+        return (state.step < until) & ~state.done.all()
+
+    def body(state: State):
+        last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=2, keepdims=False)
+        hidden, cache = qwen_vl.decode(params, cfg, last, state.step - 1, state.cache)
+        return _write(params, sampling, stop_ids, hidden, state.replace(cache=cache))
+
+    return jax.lax.while_loop(unfinished, body, state)
+
+
+def finish(state: State) -> Samples:
+    return Samples(state.tokens, state.lengths, state.logps, state.stopped, state.step)
+
+
+def sample(
+    params,
+    cfg: ModelConfig,
+    prompts: Prompts,
+    keys: Key[Array, "B G"],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...] | None = None,
+    pad_id: int | None = None,
+    counts: Int[Array, "B"] | None = None,
+    vision_tokens: Float[Array, "B V D"] | None = None,
+) -> Samples:
+    """G completions of every prompt.
+
+    `keys` [B, G] decide the randomness of each (see `row_keys`). Stops at `stop_ids` (default: the config's eos ids), which
+    are kept in the text. Log-probabilities are those of the sampled distribution; a greedy run reports temperature 1.
+    """
+    stop_ids = cfg.eos_token_id if stop_ids is None else stop_ids
+    pad_id = pad_id if pad_id is not None else cfg.pad_token_id if cfg.pad_token_id is not None else 0
+    sampling = sampling.validate()
+    state = start(
+        params,
+        cfg,
+        prompts,
+        keys,
+        sampling,
+        num_generations=keys.shape[1],
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
+        counts=counts,
+        vision_tokens=vision_tokens,
+    )
+    return finish(advance(params, cfg, state, jnp.asarray(max_new_tokens), sampling, stop_ids))
