@@ -1,0 +1,114 @@
+"""Device mesh and sharding: one ordered list of rules decides where every parameter lies.
+
+Axes: `replica` copies parameters (slow links between slices or nodes), `fsdp` splits parameters and the batch, `tensor`
+splits heads, MLP width and vocabulary. Optimiser state and gradients follow their parameter.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxmllm.errors import InputError
+
+log = logging.getLogger(__name__)
+P = PartitionSpec
+AXES = ("replica", "fsdp", "tensor")
+BATCH = P(("replica", "fsdp"))  # prompts are split over both, completions follow their prompt
+
+# (regular expression on the parameter's path, spec of its last dimensions). First match wins; a leading layer axis is whole.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"lora/.*/a", P("fsdp", None)),
+    (r"lora/.*/b", P(None, "tensor")),
+    (r"embed", P("tensor", "fsdp")),
+    (r"head", P("fsdp", "tensor")),
+    (r".*/attn/qkv/kernel", P("fsdp", None, "tensor")),
+    (r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|merger_fc1)/kernel", P("fsdp", "tensor")),
+    (r".*/(o_proj|down_proj|proj|fc2|merger_fc2)/kernel", P("tensor", "fsdp")),
+    (r"vision/patch_embed/kernel", P(None, "fsdp")),
+    (r".*/(scale|bias)", P()),
+)
+
+
+def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices; one axis may be -1 and takes what is left. InputError when the sizes do not multiply up."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"replica": replica, "fsdp": fsdp, "tensor": tensor}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or known < 1:
+        raise InputError(f"mesh: at most one axis may be -1 and the others are at least 1, got {sizes}")
+    if len(devices) % known or (not free and known != len(devices)):
+        raise InputError(
+            f"mesh: {' x '.join(f'{a} {n}' for a, n in sizes.items() if n != -1)} needs "
+            f"{'a multiple of ' if free else ''}{known} devices, there are {len(devices)}"
+        )
+    if free:
+        sizes[free[0]] = len(devices) // known
+    shape = tuple(sizes[axis] for axis in AXES)
+    # Auto on purpose: the default axis type differs between jax versions
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> PartitionSpec:
+    """The first rule that matches, aligned to the last dimensions.
+
+    An axis that does not divide its dimension moves to the largest free dimension it divides, or is dropped; both are
+    logged. Raises ValueError for a path without a rule or a rule that names an axis twice.
+    """
+    rule = next((spec for pattern, spec in rules if re.fullmatch(pattern, path)), None)
+    if rule is None:
+        raise ValueError(f"no sharding rule matches {path!r}")
+    if len(rule) > len(shape):
+        raise ValueError(f"rule {rule} has more dimensions than {path} {shape}")
+    named = [axis for entry in rule for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis]
+    if len(named) != len(set(named)):
+        raise ValueError(f"rule {rule} for {path} uses an axis twice")
+    dims: list[Any] = [None] * (len(shape) - len(rule)) + list(rule)
+    for i, axis in enumerate(dims):
+        size = math.prod(mesh.shape[a] for a in (axis if isinstance(axis, tuple) else (axis,))) if axis else 1
+        if shape[i] % size == 0:
+            continue
+        dims[i] = None
+        free = [j for j in range(len(shape)) if dims[j] is None and j not in (i,) and shape[j] % size == 0 and shape[j] > 1]
+        if free:
+            dims[max(free, key=lambda j: shape[j])] = axis
+        log.info("%s %s: axis %s does not divide dimension %d, now %s", path, shape, axis, i, dims)
+    return P(*dims)
+
+
+def tree_paths(tree: Any) -> Any:
+    """The same tree with "a/b/c" path strings as leaves."""
+
+    def name(key) -> str:
+        return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+
+    return jax.tree_util.tree_map_with_path(lambda path, _: "/".join(map(name, path)), tree)
+
+
+def param_shardings(params: Any, mesh: Mesh, rules=RULES) -> Any:
+    """NamedSharding of every parameter (arrays or shapes)."""
+    return jax.tree.map(lambda path, x: NamedSharding(mesh, spec_for(path, x.shape, mesh, rules)), tree_paths(params), params)
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Host arrays with a leading batch axis -> global arrays split over `replica` and `fsdp`.
+
+    Each process passes its own rows. Raises InputError when the rows do not divide.
+    """
+    parts = mesh.shape["replica"] * mesh.shape["fsdp"]
+    sharding = NamedSharding(mesh, BATCH)
+
+    def place(x):
+        x = np.asarray(x)
+        rows = x.shape[0] * jax.process_count()
+        if rows % parts:
+            raise InputError(f"batch of {rows} rows does not divide over replica x fsdp = {parts} devices of the mesh")
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(place, batch)
