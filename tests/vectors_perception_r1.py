@@ -1,1 +1,88 @@
-FUNCTIONS = {}
+"""Maps the function and field names of the Perception-R1 sheet to the library (released rules); losses in float64."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxmllm.losses import advantages, policy, surrogates
+from jaxmllm.tasks import counting, detection, grounding, ocr
+
+WEIGHT_FIELDS = {  # names of the released switches -> fields of detection.Weights
+    "f1_scale": "f1",
+    "cls_coe": "label",
+    "iou_coe": "iou",
+    "coverage_scale": "coverage",
+    "is_size_weight": "size",
+}
+
+
+def each(function):
+    """A vector holds one item or a list of items; an item is an object of arguments or a bare text."""
+
+    def run(inputs):
+        if isinstance(inputs, list):
+            return [run(item) for item in inputs]
+        return function(**inputs) if isinstance(inputs, dict) else function(inputs)
+
+    return run
+
+
+def grounding_reward(completion, solution):
+    return grounding.released_reward(completion, solution)
+
+
+def grounding_format_reward(completion):
+    return grounding.released_format(completion)
+
+
+def counting_reward(completion, clicks=None, solution=None, **options):
+    return counting.released_reward(completion, solution if clicks is None else clicks, **options)
+
+
+def detection_reward(completion, solution, matching="hungarian", **switches):
+    chosen = {WEIGHT_FIELDS[name.lower()]: value for name, value in switches.items()}
+    ids, boxes = solution["target_id"], solution["target_box"]
+    return {
+        f"penalty_{name}": detection.released_reward(
+            completion, ids, boxes, detection.Weights(penalty=penalty, **chosen), matching
+        )
+        for name, penalty in (("off", False), ("on", True))
+    }
+
+
+def ocr_reward(completion, solution):
+    return ocr.edit_similarity(completion, solution, rules="released")
+
+
+def ocr_metrics(completion, solution):
+    return ocr.page_metrics(completion, solution)
+
+
+def group_advantages(rewards, num_generations):
+    with jax.enable_x64(True):
+        table = jnp.asarray(advantages.reward_table(rewards))
+        return advantages.group_advantages(table, num_generations)[0].tolist()
+
+
+def policy_loss(logp, ref_logp, mask, advantages, beta):
+    with jax.enable_x64(True):
+        lp, ref, m, adv = (jnp.asarray(x, float) for x in (logp, ref_logp, mask, advantages))
+        options = policy.GRPOOptions(loss_type="grpo", beta=beta)
+
+        def loss(x):
+            return policy.grpo_loss(x, advantages=adv, mask=m, ref_logps=ref, options=options)[0]
+
+        value, gradient = jax.value_and_grad(loss)(lp)
+        k3 = surrogates.aggregate_loss(surrogates.kl_estimate(lp, ref, m, "k3"), m, "seq-mean-token-mean")
+        return {"loss": value.item(), "mean_k3": k3.item(), "grad_logp": gradient.tolist()}
+
+
+FUNCTIONS = {
+    "pr1_grounding_reward": each(grounding_reward),
+    "pr1_grounding_format_reward": each(grounding_format_reward),
+    "pr1_counting_reward": each(counting_reward),
+    "pr1_detection_reward": each(detection_reward),
+    "pr1_ocr_reward": each(ocr_reward),
+    "pr1_ocr_metrics": each(ocr_metrics),
+    "pr1_group_advantages": each(group_advantages),
+    "pr1_policy_loss": each(policy_loss),
+}
