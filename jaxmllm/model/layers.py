@@ -33,7 +33,8 @@ class Linear(nn.Module):
 
         out = product(flat, kernel)
         if self.has_variable("lora", "a"):
-            out = out + product(product(flat, self.get_variable("lora", "a")), self.get_variable("lora", "b"))
+            low = product(flat, self.get_variable("lora", "a")) * self.get_variable("lora", "scale").astype(x.dtype)
+            out = out + product(low, self.get_variable("lora", "b"))
         if self.use_bias:
             out = out + self.param("bias", nn.initializers.zeros, self.features).astype(x.dtype)
         return out.reshape(*x.shape[:-1], *self.features)
