@@ -1,1 +1,150 @@
-FUNCTIONS = {}
+"""Maps the function and field names of the GRPO sheet to the library; evaluated in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxmllm.losses import advantages, correction, policy, schedules, surrogates
+from jaxmllm.losses.masked import masked_count, masked_mean
+
+TOKENS = (
+    "logps",
+    "old_logps",
+    "ref_logps",
+    "sampling_logps",
+    "entropies",
+    "advantages",
+    "mask",
+    "tool_mask",
+    "rollout_is_weights",
+)
+WEIGHT_OPTIONS = {
+    "is_mode": "importance_sampling_mode",
+    "is_clip_min": "importance_sampling_clip_min",
+    "is_clip_max": "importance_sampling_clip_max",
+}
+
+
+def in_float64(function):
+    @functools.wraps(function)
+    def run(inputs):
+        with jax.enable_x64(True):
+            return jax.tree.map(lambda x: x.tolist() if hasattr(x, "tolist") else x, function(**inputs))
+
+    return run
+
+
+def array(values):
+    return jnp.asarray(values, float)
+
+
+def with_gradient(loss_fn, logps):
+    (loss, metrics), grad = jax.value_and_grad(loss_fn, has_aux=True)(logps)
+    return {"loss": loss, "grad_logps": grad, **metrics}
+
+
+def split_fields(fields):
+    """Arrays of `grpo_loss`, its other arguments, and its options, from a vector's fields."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    arrays = {name: array(given[name]) for name in TOKENS if name in given}
+    call = {name: given[name] for name in ("num_items_in_batch", "num_processes") if name in given}
+    options = {name: v for name, v in fields.items() if name not in (*TOKENS, "num_items_in_batch", "num_processes")}
+    weights = {field: options.pop(name) for name, field in WEIGHT_OPTIONS.items() if name in options}
+    # sampling_logps alone serve the off-policy mask; weights are asked for by is_mode
+    options["importance_sampling_correction"] = weights.get("importance_sampling_mode") is not None
+    options |= weights if options["importance_sampling_correction"] else {}
+    return arrays, call, policy.GRPOOptions(**{"max_completion_length": None, **options})
+
+
+def policy_loss(**fields):
+    arrays, call, options = split_fields(fields)
+    logps = arrays.pop("logps")
+    return with_gradient(lambda lp: policy.grpo_loss(lp, options=options, **arrays, **call), logps)
+
+
+def accumulated_policy_loss(micro_batch_size, **fields):
+    arrays, call, options = split_fields(fields)
+    logps = arrays.pop("logps")
+    rows = logps.shape[0]
+    steps = rows // micro_batch_size
+    counted = arrays["mask"] * arrays.get("tool_mask", jnp.ones_like(logps))
+    call.setdefault("num_items_in_batch", masked_count(counted))
+
+    def accumulated(lp):
+        losses, metrics = [], []
+        for start in range(0, rows, micro_batch_size):
+            cut = slice(start, start + micro_batch_size)
+            part = {name: x[cut] for name, x in arrays.items()}
+            loss, seen = policy.grpo_loss(lp[cut], options=options, accumulation_steps=steps, **part, **call)
+            losses.append(loss)
+            metrics.append(seen)
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *metrics)
+        tokens = masked_count(counted, axis=1).reshape(steps, -1).sum(1)
+        return sum(losses), policy.pool_metrics(stacked, tokens, options)
+
+    full, _ = policy.grpo_loss(logps, options=options, **arrays, **call)
+    return {**with_gradient(accumulated, logps), "full_batch_loss": full}
+
+
+def gmpo_loss(logps, old_logps, advantages, mask, epsilon=0.4, epsilon_high=None):
+    options = policy.GRPOOptions(loss_type="gmpo", epsilon=epsilon, epsilon_high=epsilon_high)
+    lp, old, adv, m = map(array, (logps, old_logps, advantages, mask))
+    result = with_gradient(lambda x: policy.grpo_loss(x, old_logps=old, advantages=adv, mask=m, options=options), lp)
+    coef = surrogates.gmpo_coefficients(lp - old, surrogates.clean_advantages(adv, m), m, options.clip_range)
+    return {**result, "coef": coef[:, 0]}
+
+
+def dual_clip_policy_loss(logps, old_logps, advantages, mask, **options):
+    old, adv, m = map(array, (old_logps, advantages, mask))
+    return with_gradient(lambda lp: surrogates.dual_clip_policy_loss(lp, old, adv, m, **options), array(logps))
+
+
+def kl_estimate(logps, ref_logps, mask, kind="k3"):
+    per_token = surrogates.kl_estimate(array(logps), array(ref_logps), array(mask), kind)
+    return {"per_token": per_token, "masked_mean": masked_mean(per_token, array(mask))}
+
+
+def group_advantages(rewards_per_func, **options):
+    values, metrics = advantages.group_advantages(jnp.asarray(advantages.reward_table(rewards_per_func)), **options)
+    return {"advantages": values, **metrics}
+
+
+REWARD_OPTIONS = ("num_generations", "reward_weights", "scale_rewards", "multi_objective_aggregation")
+
+
+def end_to_end(rewards_per_func, **fields):
+    scored = group_advantages(rewards_per_func, **{k: fields.pop(k) for k in REWARD_OPTIONS if k in fields})
+    return {**policy_loss(advantages=scored["advantages"], **fields), **scored}
+
+
+def on_rewards(function):
+    return lambda rewards, **options: function(jnp.asarray(advantages.reward_table(rewards))[:, 0], **options)
+
+
+def on_arrays(function):
+    """Lists become arrays, the rest is passed on."""
+    return lambda **fields: function(**{k: array(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+FUNCTIONS = {
+    "group_advantages": in_float64(group_advantages),
+    "rloo_advantages": in_float64(on_rewards(advantages.rloo_advantages)),
+    "dynamic_sampling_keep": in_float64(on_rewards(advantages.dynamic_sampling_keep)),
+    "policy_loss": in_float64(policy_loss),
+    "accumulated_policy_loss": in_float64(accumulated_policy_loss),
+    "gmpo_loss": in_float64(gmpo_loss),
+    "dual_clip_policy_loss": in_float64(dual_clip_policy_loss),
+    "aggregate_loss": in_float64(on_arrays(surrogates.aggregate_loss)),
+    "kl_estimate": in_float64(kl_estimate),
+    "importance_sampling_weights": in_float64(on_arrays(correction.importance_sampling_weights)),
+    "off_policy_sequence_mask": in_float64(on_arrays(correction.off_policy_sequence_mask)),
+    "high_entropy_mask": in_float64(on_arrays(correction.high_entropy_mask)),
+    "rollout_diagnostics": in_float64(on_arrays(correction.rollout_diagnostics)),
+    "soft_overlong_punishment": lambda inputs: advantages.soft_overlong_punishment(**inputs),
+    "repetition_penalty": lambda inputs: advantages.repetition_penalty(**inputs),
+    "sync_reference": in_float64(on_arrays(schedules.sync_reference)),
+    "adaptive_kl_coef": in_float64(on_arrays(schedules.adaptive_kl_coef)),
+    "adaptive_entropy_coef": in_float64(on_arrays(schedules.adaptive_entropy_coef)),
+    "end_to_end": in_float64(end_to_end),
+}

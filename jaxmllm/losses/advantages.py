@@ -7,16 +7,13 @@ sample deviations (divided by count - 1). Source: grpo.md sections 2 and 8; TRL 
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmllm.losses.grpo_options import GRPOOptions
 from jaxmllm.losses.masked import masked_count, masked_max, masked_mean, masked_min, masked_std, zero_masked
-
-if TYPE_CHECKING:
-    from jaxmllm.losses.policy import GRPOOptions
 
 EPS = 1e-4  # added to every deviation that divides, as TRL, ms-swift and VLM-R1 do (verl and EasyR1: 1e-6)
 ZERO_STD = 1e-8  # a deviation up to this is logged as "no spread"
@@ -119,7 +116,7 @@ ADVANTAGE_ESTIMATORS = {
 
 
 def estimate_advantages(
-    rewards_per_func: Float[Array, "B K"], options: "GRPOOptions"
+    rewards_per_func: Float[Array, "B K"], options: GRPOOptions
 ) -> tuple[Float[Array, "B"], Metrics]:
     """Advantages by `options.adv_estimator` (`grpo`, which includes GDPO, or a name of `ADVANTAGE_ESTIMATORS`).
 
