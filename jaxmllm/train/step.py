@@ -1,0 +1,190 @@
+"""Updates as pure functions `(state, batch) -> (state, metrics)`; the state is donated.
+
+The loss of a whole update does not depend on how it is cut: microbatches are scanned, their losses summed, and every
+normaliser is counted over the update first. Microbatch k takes every K-th prompt, so that each device keeps its rows.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float
+
+from jaxmllm.config import ModelConfig
+from jaxmllm.losses.correction import entropy_threshold
+from jaxmllm.losses.grpo_options import GRPOOptions
+from jaxmllm.losses.logprobs import Sampling, seen_tokens, token_logprobs
+from jaxmllm.losses.policy import grpo_loss, pool_metrics
+from jaxmllm.losses.supervised import cross_entropy_sums
+from jaxmllm.model import qwen_vl
+from jaxmllm.train.optim import join, split
+from jaxmllm.types import Completions, Prompts, TrainState
+
+Metrics = dict[str, Any]
+
+
+@struct.dataclass
+class Rollout:
+    """Prompts with G completions each and all that the policy loss needs. `completions.weights` is the loss mask."""
+
+    prompts: Prompts
+    completions: Completions
+    advantages: Float[Array, "B G"]
+    vision_tokens: Float[Array, "B V D"] | None = None  # of a frozen tower
+    old_logps: Float[Array, "B G T"] | None = None  # None: on-policy, the ratio is 1
+    ref_logps: Float[Array, "B G T"] | None = None  # None: no KL term
+    sampling_logps: Float[Array, "B G T"] | None = None
+
+
+def score(
+    params: dict,
+    cfg: ModelConfig,
+    prompts: Prompts,
+    completions: Completions,
+    sampling: Sampling,
+    vision_tokens: Float[Array, "B V D"] | None = None,
+) -> tuple[Float[Array, "B G T"], Float[Array, "B G T"]]:
+    """Log-probabilities of the completions' tokens under `sampling`, and entropies."""
+    _, hidden = qwen_vl.forward(params, cfg, prompts, completions, vision_tokens)
+    seen = None
+    if sampling.repetition_penalty != 1.0:
+        seen = seen_tokens(prompts.tokens, prompts.lengths, cfg.text.vocab_size)
+        seen = jnp.repeat(seen[:, None], completions.tokens.shape[1], axis=1)
+    return token_logprobs(hidden, qwen_vl.head_kernel(params), completions.tokens, sampling, seen=seen)
+
+
+score_jit = jax.jit(score, static_argnames=("cfg", "sampling"))
+encode_jit = jax.jit(qwen_vl.encode, static_argnames="cfg")
+
+
+def microbatches(batch: Any, count: int) -> Any:
+    """[B, ...] -> [count, B / count, ...]; microbatch k takes rows k, k + count, ..."""
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What is static about an update; hashable, so that one program serves every step."""
+
+    cfg: ModelConfig
+    tx: optax.GradientTransformation
+    trainable: str
+    accumulation_steps: int = 1
+
+
+def apply_gradients(
+    state: TrainState, update: Update, loss_fn: Callable[[dict, Any], tuple[Float[Array, ""], Metrics]], batch: Any
+) -> tuple[TrainState, Float[Array, ""], Metrics]:
+    """One optimiser step on the sum of `loss_fn` over microbatches. A step whose gradient is not finite changes nothing.
+
+    Returns the new state, the loss and the metrics of every microbatch, stacked.
+    """
+    train, frozen = split(state.params, update.trainable)
+    differentiate = jax.value_and_grad(lambda part, micro: loss_fn(join(part, frozen), micro), has_aux=True)
+
+    def add(total, micro):
+        (loss, metrics), grads = differentiate(train, micro)
+        return jax.tree.map(jnp.add, total, (loss, grads)), metrics
+
+    if update.accumulation_steps == 1:
+        (loss, metrics), grads = differentiate(train, batch)
+        metrics = jax.tree.map(lambda x: x[None], metrics)
+    else:
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, train))
+        (loss, grads), metrics = jax.lax.scan(add, zero, microbatches(batch, update.accumulation_steps))
+    norm = optax.global_norm(grads)
+    updates, opt_state = update.tx.update(grads, state.opt_state, train)
+    stepped = optax.apply_updates(train, updates)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+
+    def keep(new, old):
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+    state = state.replace(
+        step=state.step + 1, params=join(keep(stepped, train), frozen), opt_state=keep(opt_state, state.opt_state)
+    )
+    return state, loss, metrics | {"grad_norm": norm[None], "nonfinite": (~finite).astype(jnp.float32)[None]}
+
+
+def _flat(x: Float[Array, "B G *T"] | None) -> Float[Array, "BG *T"] | None:
+    return None if x is None else x.reshape(-1, *x.shape[2:])
+
+
+@functools.partial(jax.jit, static_argnames=("update", "options", "sampling"), donate_argnames="state")
+def grpo_step(
+    state: TrainState,
+    rollout: Rollout,
+    entropy_coef: Float[Array, ""] | None = None,
+    *,
+    update: Update,
+    options: GRPOOptions,
+    sampling: Sampling,
+) -> tuple[TrainState, Metrics]:
+    """One policy update on a rollout; metrics are TRL's, of the whole update."""
+    count = update.accumulation_steps
+    items = jnp.sum(rollout.completions.weights)
+    threshold = None
+    if options.top_entropy_quantile < 1 and count > 1:  # of the whole update, not of a microbatch
+        _, entropies = score(state.params, update.cfg, rollout.prompts, rollout.completions, sampling, rollout.vision_tokens)
+        mask = _flat(rollout.completions.weights)
+        threshold = entropy_threshold(_flat(entropies), mask, options.top_entropy_quantile)
+
+    def loss_fn(params, micro: Rollout):
+        logps, entropies = score(params, update.cfg, micro.prompts, micro.completions, sampling, micro.vision_tokens)
+        mask = _flat(micro.completions.weights)
+        loss, metrics = grpo_loss(
+            _flat(logps),
+            advantages=_flat(micro.advantages),
+            mask=mask,
+            options=options,
+            old_logps=_flat(micro.old_logps),
+            ref_logps=_flat(micro.ref_logps),
+            sampling_logps=_flat(micro.sampling_logps),
+            entropies=_flat(entropies),
+            num_items_in_batch=items,
+            accumulation_steps=count,
+            entropy_coef=entropy_coef,
+            entropy_threshold=threshold,
+        )
+        if micro.sampling_logps is not None:
+            gap = jnp.where(mask > 0, jnp.abs(_flat(logps) - _flat(micro.sampling_logps)), 0)
+            metrics["sampling/sampling_logp_difference/max"] = gap.max()
+        return loss, metrics | {"counted": mask.sum()}
+
+    state, loss, metrics = apply_gradients(state, update, loss_fn, rollout)
+    once = {name: metrics.pop(name)[0] for name in ("grad_norm", "nonfinite")}
+    pooled = pool_metrics(metrics, metrics.pop("counted"), options)
+    return state, pooled | once | {"loss": loss}
+
+
+@functools.partial(jax.jit, static_argnames=("update", "loss_norm"), donate_argnames="state")
+def sft_step(
+    state: TrainState, prompts: Prompts, completions: Completions, *, update: Update, loss_norm: str = "token"
+) -> tuple[TrainState, Metrics]:
+    """One supervised update: weighted cross-entropy of the completions (several questions an image share its prefix)."""
+    _, total = cross_entropy_sums(jnp.zeros_like(completions.weights), completions.weights, loss_norm)
+    total = jnp.maximum(total, 1)
+
+    def loss_fn(params, micro):
+        logps, entropies = score(params, update.cfg, *micro, Sampling())
+        numerator, _ = cross_entropy_sums(logps, micro[1].weights, loss_norm)
+        counted = micro[1].weights > 0
+        return numerator / total, {
+            "entropy": jnp.where(counted, entropies, 0).sum(),
+            "num_tokens": counted.sum().astype(jnp.float32),
+        }
+
+    state, loss, metrics = apply_gradients(state, update, loss_fn, (prompts, completions))
+    tokens = metrics["num_tokens"].sum()
+    return state, {
+        "loss": loss,
+        "entropy": metrics["entropy"].sum() / jnp.maximum(tokens, 1),
+        "num_tokens": tokens,
+        "grad_norm": metrics["grad_norm"][0],
+        "nonfinite": metrics["nonfinite"][0],
+    }
