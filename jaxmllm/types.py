@@ -9,7 +9,6 @@ Annotated but never decorated by a type checker: a checked dataclass breaks `jax
 
 from typing import Any
 
-import jax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -75,9 +74,8 @@ class Samples:
 
 @struct.dataclass
 class TrainState:
-    """Everything a step reads and writes. `params` holds all weights, `trainable` masks are part of the optimiser."""
+    """What an update reads and writes. Randomness is not part of it: every key is derived from the seed and the step."""
 
-    step: Int[Array, ""]
-    params: Any
-    opt_state: Any
-    key: Key[Array, ""] | jax.Array
+    step: Int[Array, ""]  # updates done
+    params: Any  # all weights, frozen ones included
+    opt_state: Any  # of the trainable part only
