@@ -180,21 +180,25 @@ def load_pixel_config(
 # ---------------------------------------------------------------- loading
 
 
+def local_path(source: str | Path, name: str) -> Path:
+    """The path of a file or folder; `file://` is dropped. InputError for a link: nothing is downloaded here."""
+    text = str(source).removeprefix("file://")
+    if "://" in text or text.startswith("data:"):
+        raise InputError(f"{name}: {text[:80]!r} is a link; download it and give the file's path")
+    return Path(text)
+
+
 def load_image(source: Any, name: str = "") -> Image.Image:
     """An upright RGB image from a path, encoded bytes, a Pillow image or a uint8 array [H, W], [H, W, 1 | 3 | 4].
 
     As transformers' `load_image`: EXIF orientation is applied, then Pillow converts to RGB (palette and CMYK are
     converted, alpha is dropped). 16-bit and float images, which that would clip to white, are refused.
     Raises InputError naming the file (or `name`) when it is missing, truncated, no image, empty, or longer than
-    200 times its width. Links are refused: nothing is downloaded here.
+    200 times its width, and for a link.
     """
     path = None
     if isinstance(source, str | Path):
-        text = str(source)
-        text = text.removeprefix("file://")
-        if "://" in text or text.startswith("data:"):
-            raise InputError(f"{name or 'image'}: {text[:80]!r} is a link; download it and give the file's path")
-        path = Path(text)
+        path = local_path(source, name or "image")
         if not path.is_file():
             raise InputError(f"{path}: image file not found")
     name = str(path) if path else name or f"image ({type(source).__name__})"
