@@ -1,0 +1,190 @@
+"""Records: what is asked about a scene, page or clip, with its exact answer.
+
+A record is a plain dict with `id`, `task`, `images`, `size` and the fields of its task. Lists of objects are ordered by
+left side, then upper side, so that an answer that lists them has one right order.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from jaxmllm.world.clips import Clip
+from jaxmllm.world.expressions import Referring, spoken
+from jaxmllm.world.pages import Page
+from jaxmllm.world.scenes import ATTRIBUTES, Scene, SceneObject, SceneSpec, phrase
+from jaxmllm.world.streams import Stream
+
+Record = dict[str, Any]
+_NUMBERS = ("no", "a", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def in_order(objects: Sequence[SceneObject], members: Sequence[int]) -> list[int]:
+    """Members sorted by left side, then upper side."""
+    return sorted(members, key=lambda i: objects[i].box[:2])
+
+
+# --- scenes ---------------------------------------------------------------------------------------------------------
+
+
+class SceneQuestions:
+    """Questions about one scene; the methods, named like the tasks, give the k-th question's fields.
+
+    Consecutive questions of a task ask about different objects as far as the scene allows.
+    """
+
+    def __init__(self, scene: Scene, spec: SceneSpec, stream: Stream):
+        self.objects, self.spec, self.stream = scene.objects, spec, stream
+        self.referring = Referring(scene.objects, spec)
+        self._sorted = in_order(scene.objects, range(len(scene.objects)))
+
+    @cached_property
+    def _turns(self) -> list[int]:
+        """The order in which objects are asked about."""
+        return self.stream.shuffled(range(len(self.objects)))
+
+    @property
+    def answerable(self) -> bool:
+        """Whether the scene has expressions of every depth that the spec asks for."""
+        return all(self.referring.targets(depth) for depth in range(self.spec.depth[0], self.spec.depth[1] + 1))
+
+    def grounding(self, k: int) -> Record:
+        """`expression` fits exactly one object, whose `box` it is; `depth` counts its relations."""
+        depth = self.stream.integer(*self.spec.depth)
+        possible = self.referring.targets(depth)
+        targets = [i for i in self._turns if i in possible]
+        expression = self.referring.expression(targets[k % len(targets)], depth, self.stream)
+        return {"expression": str(expression), "box": list(self.objects[expression.target].box), "depth": depth}
+
+    def counting(self, k: int) -> Record:
+        """`label`, how many objects it fits (`count`), their `boxes` and centres (`points`).
+
+        The count is drawn evenly from those that occur, so that no count is the answer to most questions.
+        """
+        label = self._absent() if self.stream.chance(self.spec.zero_counts) else None
+        members: list[int] = []
+        if label is None:
+            by_count: dict[int, list[tuple]] = {}
+            for words, (names, fits) in sorted(self.referring.labels().items()):
+                by_count.setdefault(len(fits), []).append((phrase(words, "shape" in names), fits))
+            label, members = self.stream.choice(by_count[self.stream.choice(sorted(by_count))])
+        things = [self.objects[i] for i in in_order(self.objects, members)]
+        return {
+            "label": label,
+            "count": len(things),
+            "points": [list(thing.centre) for thing in things],
+            "boxes": [list(thing.box) for thing in things],
+        }
+
+    def _absent(self) -> str | None:
+        """Words for something that is not there; None if chance finds nothing."""
+        present = {(thing.colour, thing.shape) for thing in self.objects}
+        for _ in range(20):
+            words = (self.stream.choice(self.spec.colours), self.stream.choice(self.spec.shapes))
+            if words not in present:
+                return " ".join(words)
+        return None
+
+    def detection(self, k: int) -> Record:
+        """`boxes` and `labels` of all objects; `categories` lists all labels of the spec, present or not."""
+        things = [self.objects[i] for i in self._sorted]
+        return {
+            "categories": categories(self.spec),
+            "boxes": [list(thing.box) for thing in things],
+            "labels": [thing.name(self.spec.category) for thing in things],
+        }
+
+    def captioning(self, k: int) -> Record:
+        """`caption` names every object, then relations of objects that can be told apart.
+
+        `objects` holds {"name", "attributes", "box"}, `relations` the stated ones: [subject, relation, object], subject
+        and object as indices into `objects`.
+        """
+        things = [self.objects[i] for i in self._sorted]
+        names = [thing.name() for thing in things]
+        unique = [i for i, name in enumerate(names) if names.count(name) == 1]
+        rank = {i: position for position, i in enumerate(self._sorted)}
+        pairs = [(rank[i], relation, rank[j]) for i, relation, j in self.referring.true_pairs()]
+        relations = []
+        for subject, other in zip(unique, unique[1:], strict=False):
+            true = [relation for i, relation, j in pairs if (i, j) == (subject, other)]
+            if true:
+                relations.append([subject, self.stream.choice(true), other])
+        shown = [_several(name, names.count(name)) for name in dict.fromkeys(names)]
+        sentences = [f"The image shows {listing(shown)}."]
+        sentences += [f"The {names[i]} is {spoken(relation)} the {names[j]}." for i, relation, j in relations]
+        described = ("size", "texture", "colour")
+        objects = [{"name": t.shape, "attributes": list(t.words(described)), "box": list(t.box)} for t in things]
+        return {"caption": " ".join(sentences), "objects": objects, "relations": relations}
+
+
+def categories(spec: SceneSpec) -> list[str]:
+    """Every label that detection in this world can give."""
+    sizes = tuple(size[0] for size in spec.sizes)
+    values = {"size": sizes, "texture": spec.textures, "colour": spec.colours, "shape": spec.shapes}
+    found: list[tuple[str, ...]] = [()]
+    for name in ATTRIBUTES:
+        if name in spec.category:
+            found = [(*words, value) for words in found for value in values[name]]
+    return [phrase([word for word in words if word != "solid"], "shape" in spec.category) for words in found]
+
+
+def _several(name: str, count: int) -> str:
+    if count == 1:
+        return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    number = _NUMBERS[count] if count < len(_NUMBERS) else str(count)
+    return f"{number} {name}{'es' if name.endswith('s') else 's'}"
+
+
+def listing(parts: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+# --- pages ----------------------------------------------------------------------------------------------------------
+
+
+def ocr(page: Page) -> Record:
+    """`text` in reading order and the `lines` with their quads [x1, y1, .. x4, y4], clockwise from the upper left."""
+    return {"text": page.text, "lines": [{"text": line.text, "quad": line.quad} for line in page.lines]}
+
+
+# --- clips ----------------------------------------------------------------------------------------------------------
+
+
+def clip_fields(clip: Clip) -> Record:
+    """`frames`, `caption` and `tracks` as in the tracks task; identities are numbered by the first box's left side.
+
+    A track has the boxes of all frames, those after the last shown one included.
+    """
+    order = sorted(range(len(clip.movers)), key=lambda i: clip.movers[i].thing.box[:2])
+    tracks, story = [], []
+    for number, i in enumerate(order, 1):
+        mover, boxes = clip.movers[i], clip.visible(i)
+        thing = mover.thing
+        spans = [(max(a, min(boxes)), min(b, max(boxes)), text) for a, b, text in mover.actions]
+        actions = [{"span": [a, b], "text": text} for a, b, text in spans if a <= b]
+        tracks.append(
+            {
+                "id": number,
+                "names": [thing.name(("colour", "shape")), thing.shape],
+                "boxes": {str(t): list(box) for t, box in boxes.items()},
+                "appearance": [thing.name()],
+                "location": [{"span": [a, b], "text": text} for a, b, text in clip.places(i)],
+                "action": actions,
+            }
+        )
+        name = thing.name()
+        deeds = " and then ".join(f"is {action['text']}" for action in actions)
+        story.append(f"{'An' if name[0] in 'aeiou' else 'A'} {name} {deeds}.")
+    return {
+        "fps": clip.fps,
+        "frames": [{"idx": t + 1, "time": t / clip.fps} for t in range(clip.frames)],
+        "caption": " ".join(story),
+        "tracks": tracks,
+    }
+
+
+def clip_record(clip: Clip, task: str, stream: Stream) -> Record:
+    """A clip with one query of the task: `query` as `tasks.tracks.make_query` draws it."""
+    record = clip_fields(clip)
+    return record
