@@ -23,13 +23,14 @@ the count and the closeness beside the reward.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
 
-from jaxmllm.geometry import Boxes, Points, box_center, hungarian, pairwise_distance
+from jaxmllm.geometry import Boxes, Points, box_center, hungarian
 from jaxmllm.tasks import answers
 
 SCALE = 1000 * math.sqrt(2)  # the diagonal of the 0..1000 grid
@@ -66,20 +67,25 @@ def released_reward(text: str, clicks: Sequence[Sequence[float]], matching: str 
     answers.choose(matching, answers.MATCHING, "matching")
     if not released_format(text):
         return 0.0
-    pred, target = released_points(text), np.asarray(clicks, dtype=np.float64).reshape(-1, 2)
-    if not pred or not len(target) or not np.isfinite(pred).all():
+    with np.errstate(over="ignore", invalid="ignore"):  # float32 as published: far-off points are infinitely far
+        pred, target = (np.array(p, np.float32).reshape(-1, 2) for p in (released_points(text), clicks))
+        distance = np.sqrt(((pred[:, None] - target[None]) ** 2).sum(-1))
+    if not distance.size:
         return 0.0
-    distance = pairwise_distance(pred, target)
-    if not np.isfinite(distance).all():
+    try:
+        paired = distance[_pairs(distance, matching, linear_sum_assignment)]
+    except ValueError:  # no assignment without an infinite distance
         return 0.0
-    rows, columns = _pairs(distance, matching)
     ratio = min(distance.shape) / max(distance.shape)
-    return ratio * (1 - float(distance[rows, columns].mean()) / SCALE)
+    return ratio * (1 - float(paired.mean()) / SCALE) if np.isfinite(paired).all() else 0.0
 
 
-def _pairs(cost: Float[np.ndarray, "P G"], matching: str) -> tuple[Int[np.ndarray, "M"], Int[np.ndarray, "M"]]:
+Pairs = tuple[Int[np.ndarray, "M"], Int[np.ndarray, "M"]]
+
+
+def _pairs(cost: Float[np.ndarray, "P G"], matching: str, assign: Callable[[np.ndarray], Pairs] = hungarian) -> Pairs:
     if matching == "hungarian":
-        return hungarian(cost)
+        return assign(cost)
     order = np.arange(min(cost.shape))
     return order, order
 
