@@ -34,6 +34,7 @@ from jaxmllm.tasks.scene_words import (
     COPULA,
     FUNCTION_WORDS,
     ING_NOUNS,
+    LY_NOUNS,
     PLURALS,
     RELATIONS,
     RELATIVE,
@@ -130,7 +131,8 @@ def _kind(word: str) -> str:
 def _units(text: str) -> list[tuple[str, str]]:
     """(kind, text) of each word or relation phrase."""
     found = _WORD.findall(text[:CAPTION_CHARS].lower())
-    words = [w for w in found if w not in SKIPPED and not (w.endswith("ly") and len(w) > 4)]
+    adverbs = {w for w in found if w in SKIPPED or (w.endswith("ly") and len(w) > 4 and w not in LY_NOUNS)}
+    words = [w for w in found if w not in adverbs]
     units, i = [], 0
     while i < len(words):
         known = _PHRASES.get(words[i], ())

@@ -28,6 +28,9 @@ FUNCTION_WORDS = frozenset(
 # Words between a determiner and its noun that neither name nor describe.
 SKIPPED = frozenset("very quite rather so too slightly fairly really somewhat almost also still".split())
 
+# Nouns in -ly; other such words are adverbs and skipped.
+LY_NOUNS = frozenset("family butterfly dragonfly belly lily jelly assembly".split())
+
 ADJECTIVES = frozenset(
     """red green blue yellow orange purple violet pink brown black white grey gray cyan magenta teal golden silver beige
     small large big tiny huge little tall short long wide narrow thin thick round square-shaped flat old young new
