@@ -1,8 +1,8 @@
 """Policy-critic reflection (RePer): the loop at inference, and the dialogues it is trained on.
 
 Source: sheet reper.md sections 2 and 3. The policy answers, a critic scores the answer and says why, and the policy
-answers again with all of that in context. Host side and model free: the policy is any `generate(conversations) -> texts`
-and the critic any function from records, questions and dialogues to critiques.
+answers again with all of that in context. Host side and model free: the policy is any function `generate(conversations)
+-> texts` and the critic any function from records, questions and dialogues to critiques.
 
     user:      <image> question
     assistant: answer 1
@@ -149,7 +149,7 @@ def model_critic(
 def reward_critic(
     reward: Callable[[str, Mapping[str, Any]], float | Mapping[str, float] | None], r_max: float = 1.0
 ) -> Critic:
-    """A critic that is a reward function with maximum `r_max`: the score is logged, the policy only asked to improve."""
+    """A critic that is a reward function of maximum `r_max`: its score is logged, the policy only asked to improve."""
 
     def critic(records: Records, questions: Sequence[str], dialogues: Sequence[Sequence[Turn]]) -> list[Critique]:
         values = [_total(reward(d[-1]["response"], r)) for r, d in zip(records, dialogues, strict=True)]
