@@ -179,7 +179,7 @@ def test_windows_are_those_of_transformers(window, patch, merge):
         order, bounds = utils.get_vision_window_index(grid, merge, window, patch)
         layout = window_layout(h, w, cfg)
         units = layout.index.reshape(len(layout.index), -1, merge * merge)
-        assert units.shape[1:] == (cfg.window_tokens, merge * merge)
+        assert units.shape[1:] == ((window // (patch * merge)) ** 2, merge * merge)
         # a unit is padding as a whole, and holds its patches in order
         real = units[..., 0] >= 0
         np.testing.assert_array_equal(units[real] % (merge * merge), np.tile(np.arange(merge * merge), (real.sum(), 1)))

@@ -60,11 +60,6 @@ class PixelConfig:
         """P: patches of one window."""
         return (self.window_size // self.patch_size) ** 2
 
-    @property
-    def window_tokens(self) -> int:
-        """Vision tokens of one window, P / merge_size**2."""
-        return self.window_patches // self.merge_size**2
-
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -89,6 +84,11 @@ class Frames:
     def tokens(self) -> int:
         """Vision tokens of the prompt, f * rows * columns / merge_size**2."""
         return self.grid[0] * len(self.token_index)
+
+    @property
+    def window_tokens(self) -> int:
+        """Vision tokens of one window, P / merge_size**2."""
+        return self.patches.shape[2] * len(self.token_index) // (self.grid[1] * self.grid[2])
 
 
 # ---------------------------------------------------------------- configuration
@@ -300,8 +300,8 @@ def to_patches(
     return patches.reshape(t, -1, cfg.patch_pixels)
 
 
-def _resized(image: Any, cfg: PixelConfig) -> UInt8[np.ndarray, "H W 3"]:
-    image = load_image(image)
+def _resized(image: Any, cfg: PixelConfig, name: str = "") -> UInt8[np.ndarray, "H W 3"]:
+    image = load_image(image, name)
     height, width = smart_resize(image.height, image.width, cfg.factor, cfg.min_pixels, cfg.max_pixels)
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
@@ -368,6 +368,6 @@ def to_frames(
     return Frames(patches, positions, grid, layout.token_index, seconds_per_grid)
 
 
-def image_frames(image: Any, cfg: PixelConfig) -> Frames:
-    """An image as a clip of one frame. Raises InputError as `load_image`."""
-    return to_frames(_resized(image, cfg)[None, None], _normalised(cfg), cfg)
+def image_frames(image: Any, cfg: PixelConfig, name: str = "") -> Frames:
+    """An image as a clip of one frame. Raises InputError as `load_image`, with its `name`."""
+    return to_frames(_resized(image, cfg, name)[None, None], _normalised(cfg), cfg)
