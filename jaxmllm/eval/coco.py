@@ -1,0 +1,237 @@
+"""Detection AP of COCO: pycocotools matches boxes, image by image; AP and its interval are computed from the matches.
+
+Boxes are in original pixels, [x, y, w, h] as COCO writes them. Generated text has no confidence, so every box has
+score 1.0 as in Perception-R1's evaluation (perception_r1.md section 5). COCOeval ranks equal scores by image id and by
+their order in the result list, so AP depends slightly on that order; here it is fixed: images by id, boxes as the
+answer lists them.
+
+A record may carry, besides the fields of the detection task: `image_id`, `category_ids` (one for each of `categories`),
+`areas` and `iscrowd` (one for each of `boxes`). With them the result file fits the file the records came from.
+"""
+
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from jaxmllm.errors import InputError
+from jaxmllm.eval.intervals import Statistic
+from jaxmllm.tasks.detection import COCO_IDS
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # as COCOeval spells them
+RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
+AREAS = ("all", "small", "medium", "large")  # all; under 32 x 32; up to 96 x 96; above
+_CHUNK = 1 << 21  # resamples x thresholds x boxes held at a time
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def category_ids(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Id of each category: the records' own, COCO's if every name is one of its 80, else 1, 2, .. as they appear.
+
+    Raises InputError when two records give one name different ids, or one id different names.
+    """
+    names = list(dict.fromkeys(name for record in records for name in record.get("categories", COCO_IDS)))
+    ids: dict[str, int] = {}
+    for record in records:
+        for name, number in zip(record.get("categories", ()), record.get("category_ids", ()), strict=False):
+            if ids.setdefault(name, int(number)) != int(number):
+                raise InputError(f"record {record['id']!r}: category {name!r} has id {number}, before {ids[name]}")
+    if not ids:
+        return {name: COCO_IDS[name] for name in names} if set(names) <= set(COCO_IDS) else _numbered(names)
+    if set(ids) != set(names) or len(set(ids.values())) != len(ids):
+        raise InputError(f"category_ids must name every category once, got {ids} for {names}")
+    return ids
+
+
+def _numbered(names: Sequence[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(names, 1)}
+
+
+def ground_truth(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The records as a COCO annotation file: `images`, `annotations`, `categories`.
+
+    Raises InputError when two records have the same image id, or a label is not among its record's categories.
+    """
+    ids = category_ids(records)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for record, image_id in zip(records, image_ids(records), strict=True):
+        width, height = record["size"]
+        name = str(record.get("file_name", record["id"]))
+        images.append({"id": image_id, "width": int(width), "height": int(height), "file_name": name})
+        boxes = np.asarray(record["boxes"], np.float64).reshape(-1, 4)
+        sides = boxes[:, 2:] - boxes[:, :2]
+        areas, crowd = record.get("areas", sides.prod(-1)), record.get("iscrowd", [0] * len(boxes))
+        for label, box, side, area, many in zip(record["labels"], boxes, sides, areas, crowd, strict=True):
+            if label not in ids:
+                raise InputError(f"record {record['id']!r}: label {label!r} is not one of its categories")
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,  # COCOeval takes id 0 for "no match"
+                    "image_id": image_id,
+                    "category_id": ids[label],
+                    "bbox": [*box[:2].tolist(), *side.tolist()],
+                    "area": float(area),
+                    "iscrowd": int(many),
+                }
+            )
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for name, number in ids.items()],
+    }
+
+
+def image_ids(records: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The records' `image_id`, or 1, 2, .. where they have none. InputError when an id occurs twice."""
+    ids = [int(record.get("image_id", number)) for number, record in enumerate(records, 1)]
+    seen: set[int] = set()
+    for number, record in zip(ids, records, strict=True):
+        if number in seen:
+            raise InputError(f"record {record['id']!r}: image_id {number} occurs twice; one detection record an image")
+        seen.add(number)
+    return ids
+
+
+def results(records: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """COCO results for predictions {"boxes": [[x1, y1, x2, y2], ..] in original pixels, "labels": [name, ..]}.
+
+    Labels outside the categories are left out.
+    """
+    ids = category_ids(records)
+    rows = [
+        {
+            "image_id": image_id,
+            "category_id": ids[label],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": 1.0,
+        }
+        for image_id, found in zip(image_ids(records), predictions, strict=True)
+        for label, (x1, y1, x2, y2) in zip(found["labels"], found["boxes"], strict=True)
+        if label in ids
+    ]
+    return sorted(rows, key=lambda row: row["image_id"])
+
+
+# --- AP -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The detections of one category in one range of areas, best first, and what they were matched with."""
+
+    image: Int[np.ndarray, "D"]  # position of the detection's image
+    hit: Bool[np.ndarray, "T D"]  # matched with a true box, by IoU threshold
+    miss: Bool[np.ndarray, "T D"]  # matched with nothing; neither for a crowd or a box outside the range
+    targets: Int[np.ndarray, "N"]  # true boxes of each image
+
+
+def average_precision(ranking: Ranking, counts: Int[np.ndarray, "R N"]) -> Float[np.ndarray, "R T"]:
+    """AP by IoU threshold, image i counted counts[r, i] times: mean of the best precision at each of 101 recalls.
+
+    Equal to COCOeval's `accumulate` where all counts are 1. NaN where no true box is left.
+    """
+    thresholds, boxes = ranking.hit.shape
+    total = counts @ ranking.targets
+    out = np.where(total[:, None] > 0, np.zeros((len(counts), thresholds)), np.nan)
+    if not boxes:
+        return out
+    rows = max(_CHUNK // (thresholds * boxes), 1)
+    for start in range(0, len(counts), rows):
+        weight = counts[start : start + rows, None, ranking.image]
+        true = np.cumsum(weight * ranking.hit, axis=-1).astype(np.float64)
+        false = np.cumsum(weight * ranking.miss, axis=-1)
+        precision = true / (false + true + np.spacing(1))
+        best = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1]
+        recall = true / np.maximum(total[start : start + rows], 1)[:, None, None]
+        reached = np.searchsorted(RECALL_THRESHOLDS, recall, side="right")
+        area = (best * np.diff(reached, axis=-1, prepend=0)).sum(-1) / len(RECALL_THRESHOLDS)
+        out[start : start + rows] = np.where(np.isnan(out[start : start + rows]), np.nan, area)
+    return out
+
+
+def rankings(truth: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Ranking]:
+    """By (category, area): pycocotools' matches. Images are ordered by id; at most 100 boxes an image and category."""
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        target, guess = COCO(), COCO()
+        target.dataset = {**truth, "annotations": [dict(row) for row in truth["annotations"]]}
+        guess.dataset = {
+            "images": truth["images"],
+            "categories": truth["categories"],
+            "annotations": [
+                {**row, "id": number, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+                for number, row in enumerate(found, 1)
+            ],
+        }
+        target.createIndex()
+        guess.createIndex()
+        run = COCOeval(target, guess, "bbox")
+        run.params.iouThrs = IOU_THRESHOLDS
+        run.evaluate()
+    names = {row["id"]: row["name"] for row in truth["categories"]}
+    images = len(run.params.imgIds)
+    table = np.array(run.evalImgs, object).reshape(len(run.params.catIds), len(AREAS), images)
+    return {
+        (names[category], area): _ranking(table[k, a], images)
+        for k, category in enumerate(run.params.catIds)
+        for a, area in enumerate(AREAS)
+    }
+
+
+def _ranking(row: Sequence[Mapping[str, Any] | None], images: int) -> Ranking:
+    """From COCOeval's per-image entries of one category and area (None: nothing there)."""
+    targets = np.zeros(images, np.int64)
+    image, scores = [np.zeros(0, np.int64)], [np.zeros(0)]
+    matched = [np.zeros((len(IOU_THRESHOLDS), 0), bool)]
+    ignored = [np.zeros((len(IOU_THRESHOLDS), 0), bool)]
+    for i, entry in enumerate(row):
+        if entry is not None:
+            targets[i] = np.count_nonzero(np.asarray(entry["gtIgnore"]) == 0)
+            image.append(np.full(len(entry["dtIds"]), i))
+            scores.append(np.asarray(entry["dtScores"], np.float64))
+            matched.append(entry["dtMatches"] > 0)
+            ignored.append(entry["dtIgnore"].astype(bool))
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    match, skip = (np.concatenate(parts, axis=1)[:, order] for parts in (matched, ignored))
+    return Ranking(np.concatenate(image)[order], match & ~skip, ~match & ~skip, targets)
+
+
+def ap_statistic(truth: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> tuple[list[str], Statistic]:
+    """Names and statistic of AP (mean of IoU .50 .. .95), AP50, AP75, AP by size of object and AP of each category.
+
+    Records are the images of `truth` in the order of their ids. Categories and sizes without a true box are left out.
+    """
+    table = {key: ranking for key, ranking in rankings(truth, found).items() if ranking.targets.any()}
+    groups = {area: [key for key in table if key[1] == area] for area in AREAS}
+    sizes = [area for area in AREAS[1:] if groups[area]]
+    names = ["AP", "AP50", "AP75"] if groups["all"] else []
+    names += [f"AP_{area}" for area in sizes] + [f"AP/{name}" for name, _ in groups["all"]]
+
+    def statistic(counts: Int[np.ndarray, "R N"]) -> Float[np.ndarray, "R K"]:
+        ap = {key: average_precision(ranking, counts) for key, ranking in table.items()}
+
+        def over(area: str) -> Float[np.ndarray, "R T"]:
+            return _mean(np.stack([ap[key] for key in groups[area]]))
+
+        if not names:
+            return np.zeros((len(counts), 0))
+        every = over("all")
+        columns = [every.mean(-1), every[:, 0], every[:, 5], *(over(area).mean(-1) for area in sizes)]
+        return np.stack([*columns, *(ap[key].mean(-1) for key in groups["all"])], axis=-1)
+
+    return names, statistic
+
+
+def _mean(values: Float[np.ndarray, "C R T"]) -> Float[np.ndarray, "R T"]:
+    """Mean over the categories that have a true box in the resample; NaN where none has."""
+    here = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(here, values, 0.0).sum(0) / here.sum(0)

@@ -1,0 +1,201 @@
+"""Evaluation: ask a model about every record, keep what it says, measure it with intervals.
+
+The folder of an evaluation, readable without this library:
+
+| file                                     | content                                                                   |
+|------------------------------------------|---------------------------------------------------------------------------|
+| `config.json`                            | options and whatever the caller says identifies model and data            |
+| `predictions.jsonl`                      | one line a record, in the order they were asked; written as they come     |
+| `metrics.json`                           | figures with intervals                                                    |
+| `<source>/ground_truth.json`             | detection: COCO annotations of the records asked                          |
+| `<source>/coco_results.json`             | detection: COCO results in original pixels                                |
+| `pictures/`                              | small copies of the first pictures, for reports                           |
+
+A line of `predictions.jsonl`: `source`, `task`, `id`, `index`; `question`; `text`, the completion; `prediction` and
+`target` in original pixels ("boxes" [x1, y1, x2, y2], "points", "labels", "count", "text"); `size`; `figures` of this
+record (a number, or [top, bottom] of a pooled ratio); `group` (see `by`); `picture`, a path in the folder, or null.
+
+An evaluation that was stopped goes on where it was: records that have a line are not asked again.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from jaxmllm import tasks
+from jaxmllm.data.images import load_image
+from jaxmllm.errors import InputError
+from jaxmllm.eval import predictions
+from jaxmllm.eval.intervals import CONFIDENCE, RESAMPLES
+from jaxmllm.eval.measure import Evaluation, Resampling, folder_name, measure, save
+from jaxmllm.eval.predictions import Record
+from jaxmllm.runfiles import JsonLines, claim, read_lines
+
+Generate = Callable[[Sequence[Record]], Sequence[str]]
+PICTURE_SIDE, PNG_SIDE = 320, 160  # pixels: pictures are shrunk to the first; up to the second they are kept losslessly
+
+
+class Source(Protocol):
+    """Records by index: a list, or a source of `jaxmllm.data`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record: ...
+
+
+def evaluate(
+    generate: Generate,
+    source: Source | Mapping[str, Source],
+    task: str | None = None,
+    *,
+    out_dir: str | Path,
+    batch_size: int = 16,
+    limit: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    config: Any = None,
+    by: str | None = None,
+    save_pictures: int = 0,
+    n_resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Asks `generate` about the records, writes the folder described above, returns the figures.
+
+    Args:
+        generate: completions of a batch of records, in order; should be greedy, so that a resumed run says the same.
+        source: records by index, or several such sources by name. Records of a bare source are measured by task.
+        task: the task to pose; None: each record's own `task`.
+        out_dir: folder of this evaluation; goes on with what it holds.
+        batch_size: records a call of `generate`; fewer at the end of a source and when going on.
+        limit: first records of each source to ask; None: all.
+        options: of the task's functions: `style`, `thinking`, `rules`, ..
+        config: what else decides the completions (checkpoint, data, decoding); plain values or a dataclass.
+        by: record field; the main figures are also given for each of its values. Counting: `label` unless given.
+        save_pictures: first records of each source whose picture is kept.
+        n_resamples, confidence, seed: of the bootstrap intervals; for AP images are resampled.
+        on_batch: called after every batch with (records done, records in all).
+
+    Raises:
+        InputError: the folder holds another evaluation (the differing fields are named), an id occurs twice, the record
+            of an answered id changed, an option fits no task, there are no records, or `generate` returns anything but
+            one text a record.
+    """
+    options, out = dict(options or {}), Path(out_dir)
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise InputError(f"batch_size = {batch_size}, limit = {limit}: must be at least 1")
+    predictions.check_options(options, [task] if task else tasks.names())
+    sources = source if isinstance(source, Mapping) else {"": source}
+    total = sum(min(len(s), limit or len(s)) for s in sources.values())
+    if not total:
+        raise InputError("nothing to evaluate: the source has no records")
+    claim(out, {"task": task, "options": options, "config": config})
+    done = {(line["source"], line["id"]): line for line in read_lines(out / "predictions.jsonl")}
+    asked: dict[str, list[tuple[Record, dict[str, Any]]]] = {}  # records without images, with their lines
+    finished = 0
+    with JsonLines(out / "predictions.jsonl") as file:
+        for batch in _batches(sources, task, limit, batch_size):
+            new = [item for item in batch if item[:2] not in done]
+            texts = _generated(generate, [record for *_, record in new])
+            lines = []
+            for (name, key, index, record), text in zip(new, texts, strict=True):
+                place = len(asked.get(name, ())) + sum(item[0] == name and item[2] < index for item in batch)
+                picture = _save_picture(out, name, index, record) if place < save_pictures else None
+                lines.append(_line(name, key, index, record, text, options, by) | {"picture": picture})
+            file.append(lines)
+            done |= {(line["source"], line["id"]): line for line in lines}
+            for name, key, index, record in batch:
+                light = {field: value for field, value in record.items() if field != "images"}
+                line = done[name, key]
+                if line["index"] != index:
+                    raise InputError(
+                        f"source {name!r}: records {line['index']} and {index} both have the id {key!r}; ids must be "
+                        "unique, and a record keeps its place"
+                    )
+                _check_unchanged(line, light, options)
+                asked.setdefault(name, []).append((light, line))
+            finished += len(batch)
+            if on_batch:
+                on_batch(finished, total)
+    how = Resampling(n_resamples, seed, confidence)
+    measured = {
+        name: measure([r for r, _ in pairs], [line for _, line in pairs], options, out / folder_name(name), how)
+        for name, pairs in asked.items()
+    }
+    evaluation = Evaluation(measured, confidence)
+    save(out, evaluation, how)
+    return evaluation
+
+
+Item = tuple[str, str, int, Record]  # name of the source, id, index in the source, record
+
+
+def _batches(
+    sources: Mapping[str, Source], task: str | None, limit: int | None, batch_size: int
+) -> Iterator[list[Item]]:
+    for name, source in sources.items():
+        n = min(len(source), limit or len(source))
+        for start in range(0, n, batch_size):
+            batch = []
+            for index in range(start, min(start + batch_size, n)):
+                record = source[index]
+                if task is not None or "task" not in record:
+                    record = {**record, "task": task}
+                tasks.get(record["task"])
+                batch.append((name or record["task"], str(record.get("id", index)), index, record))
+            yield batch
+
+
+def _generated(generate: Generate, records: list[Record]) -> list[str]:
+    texts = list(generate(records)) if records else []
+    if len(texts) != len(records) or not all(isinstance(text, str) for text in texts):
+        kinds = sorted({type(text).__name__ for text in texts})
+        raise InputError(f"generate returned {len(texts)} of {kinds} for {len(records)} records; need one text each")
+    return texts
+
+
+def _line(
+    name: str, key: str, index: int, record: Record, text: str, options: Mapping[str, Any], by: str | None
+) -> dict[str, Any]:
+    module = tasks.get(record["task"])
+    group = record.get(by or ("label" if record["task"] == "counting" else ""))
+    return {
+        "source": name,
+        "task": record["task"],
+        "id": key,
+        "index": index,
+        "question": module.prompt(record, **predictions.accepted(module.prompt, options)),
+        "text": text,
+        "prediction": predictions.predicted(record["task"], text, record, options),
+        "target": predictions.target(record),
+        "size": [float(side) for side in record["size"]] if "size" in record else None,
+        "figures": predictions.figures(module, text, record, options),
+        "group": None if group is None else str(group),
+    }
+
+
+def _check_unchanged(line: Mapping[str, Any], record: Record, options: Mapping[str, Any]) -> None:
+    """The answer was given for this record: same question, same truth."""
+    module = tasks.get(record["task"])
+    question = module.prompt(record, **predictions.accepted(module.prompt, options))
+    if line["question"] != question or line["target"] != predictions.target(record):
+        raise InputError(
+            f"source {line['source']!r}, id {line['id']!r}: the folder holds an answer to another record of that id; "
+            "the data changed, use another folder"
+        )
+
+
+def _save_picture(out: Path, name: str, index: int, record: Record) -> str | None:
+    """Saves a small copy of the record's first image; its path in the folder, None without an image."""
+    images = record.get("images")
+    if images is None or not len(images):
+        return None
+    image = load_image(images[0], f"record {record.get('id', index)}")
+    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
+    kind = "png" if max(image.size) <= PNG_SIDE else "jpg"
+    path = Path("pictures") / f"{folder_name(name)}_{index:06d}.{kind}"
+    (out / path).parent.mkdir(parents=True, exist_ok=True)
+    image.save(out / path, quality=88)
+    return path.as_posix()
