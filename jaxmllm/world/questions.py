@@ -174,8 +174,8 @@ def clip_fields(clip: Clip) -> Record:
             }
         )
         name = thing.name()
-        deeds = " and then ".join(f"is {action['text']}" for action in actions)
-        story.append(f"{'An' if name[0] in 'aeiou' else 'A'} {name} {deeds}.")
+        deeds = " and then ".join(action["text"] for action in actions)
+        story.append(f"{'An' if name[0] in 'aeiou' else 'A'} {name} is {deeds}.")
     return {
         "fps": clip.fps,
         "frames": [{"idx": t + 1, "time": t / clip.fps} for t in range(clip.frames)],

@@ -1,0 +1,145 @@
+"""Builds the tiny tokenizer of `jaxmllm/assets/tiny`.
+
+    python -m jaxmllm.world.tokenizer [FOLDER]
+
+Qwen2.5-VL's special tokens and chat template around a vocabulary of about 1,200 pieces: the 256 bytes, the integers
+0..224, the words of the world and of the tasks' questions, and the punctuation of their answers. A text is cut into the
+fewest pieces that spell it, so a coordinate is one token, and any text survives encoding and decoding unchanged because
+its bytes are pieces too.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import ByteLevel
+
+from jaxmllm.world.clips import MOTIONS, STILL
+from jaxmllm.world.drawing import COLOURS, SHAPES, TEXTURES
+from jaxmllm.world.scenes import RELATIONS
+from jaxmllm.world.words import PAGE_WORDS, RECEIPT_ITEMS, RECEIPT_WORDS
+
+FOLDER = Path(__file__).parents[1] / "assets" / "tiny"
+LARGEST_INTEGER = 224
+SPECIAL_TOKENS = (  # Qwen2.5-VL's, in its order
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+CHAT_TEMPLATE = """\
+{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}\
+{% if loop.first and message['role'] != 'system' %}<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif %}<|im_start|>{{ message['role'] }}
+{% if message['content'] is string %}{{ message['content'] }}<|im_end|>
+{% else %}{% for content in message['content'] %}\
+{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}\
+{% set image_count.value = image_count.value + 1 %}\
+{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>\
+{% elif content['type'] == 'video' or 'video' in content %}{% set video_count.value = video_count.value + 1 %}\
+{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>\
+{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+# Runs of characters that the tasks' answers are made of.
+ANSWER_PIECES = (
+    '```json\n[\n\t{"bbox_2d": [', '```json\n[\n\t{"point_2d": [', '"},\n\t{"bbox_2d": [', '], "label": "',
+    '"}\n]\n```', "```json\n[]\n```", "```json\n", "\n```", '[{"bbox_2d": [', '"}, {"bbox_2d": [', '{"bbox_2d": [',
+    '"}]', "]}]", ", ", '": "', '": ', '"}', '{"', "),(", "<think>", "</think>", "<think></think>", "<answer>",
+    "</answer>", "</think><answer>", "<answer>\n", "\n</answer>", "<attr>", "</attr>",
+    "</attr>\n</answer>", "<Id", "</Id", ">Frame",
+    "];Frame", "]</Id", ":[", "],[", "Track", "Frame", "Picture ", "Video ", ": ", "; ", ". ", ".\n", "'s", "...",
+    "action=", "; location=", "appearance=", "; action=", "; frames=", "frames=",
+    "system\nYou are a helpful assistant.", "You are a helpful assistant.", "system\n", "user\n", "assistant\n",
+)  # fmt: skip
+# Questions that never vary, or their parts around what varies: a question costs little more than its subject.
+QUESTION_PIECES = (
+    "Output the bounding box of the", " in the image.", "Output all the bounding boxes of the",
+    " in the image. Report the bbox coordinates in JSON format.", ". Report the bbox coordinates in JSON format.",
+    " Report the bbox coordinates in JSON format.", "Please output bbox coordinates and names of", "OCR this image.",
+    " Output the thinking process in <think> </think> and final answer (number) in <answer> </answer> tags.",
+    "Describe this image in detail.", "Give a detailed description of the image.",
+    "What can be seen in this image? Describe it thoroughly.", "Write a detailed caption for this picture.",
+    "Describe everything you see in the picture, with the details.", "The image shows", " and then",
+)  # fmt: skip
+
+# Words that also start a text or follow a quotation mark: one piece with a leading blank and one without.
+_WORLD_WORDS = (
+    *SHAPES, *COLOURS, *TEXTURES, *MOTIONS, STILL, *RELATIONS,
+    "small medium large object objects shape colour left right upper lower top bottom centre middle",
+    "circles squares triangles stars crosses rings diamonds hexagons",
+    "no one two three four five six seven eight nine ten",
+    *PAGE_WORDS, *RECEIPT_ITEMS, *RECEIPT_WORDS,
+    "RBC WBC Platelets red white blood cell cells",  # for fine-tuning on blood-cell photographs
+)  # fmt: skip
+# Words inside sentences: with a leading blank only.
+_INNER_WORDS = """
+    A Describe Find Give JSON Keep Name Output Report Say The What Who a about above absent action all along
+    also an and answer any appear appearance appears are as at bbox be before below between bounding box boxes
+    but by can caption category clip coordinates count describe description detail detailed details do does
+    doing down each end every everything false final find follow for format frame frames from give given happens
+    has have how identify identity image in instead into is it its like line list locate look looks many match
+    me mismatch move moves moving name names next not of on one or other output overall per phrase point
+    position process question reason relation relations report same say second see seen sentence set should show
+    shows so something square standing start subject subjects summarise tags tell than that the their them then
+    there these they thing things think thinking this thoroughly through to trace track tracks trajectories
+    trajectory true under up wanted was what whatever when where whether which who whole will with within write
+    wrong yes you
+""".split()
+# Words that start a sentence: without a blank.
+_FIRST_WORDS = """
+    A After Also An Answer Close Count Describe Find Finish Follow For Give Given How Identify If Image In Is It
+    JSON Keep List Locate Look Name No OCR Output Please Predict Report Say Someone Starting Tell The Then There
+    This Trace Track Video What When Where Which Who Write Yes bbox false json label match null point relation
+    true yes
+""".split()
+
+
+def pieces() -> list[str]:
+    """All pieces of two bytes or more, in the order of their ids."""
+    world = dict.fromkeys(word for entry in _WORLD_WORDS for word in entry.split())
+    found = [str(n) for n in range(10, LARGEST_INTEGER + 1)]
+    found += [form for word in world for form in (" " + word, word)]
+    found += [" " + word for word in _INNER_WORDS] + list(_FIRST_WORDS) + list(ANSWER_PIECES) + list(QUESTION_PIECES)
+    return [piece for piece in dict.fromkeys(found) if len(piece.encode()) > 1]
+
+
+def build() -> Tokenizer:
+    """The tokenizer: byte-level, ids 0..255 the bytes, then `pieces()`, then the special tokens."""
+    letters = ByteLevel(add_prefix_space=False, use_regex=False)  # spells bytes as printable characters
+
+    def spell(text: str) -> str:
+        return letters.pre_tokenize_str(text)[0][0]
+
+    # Sorting by character code keeps the ids the same whatever order the library lists its alphabet in.
+    vocabulary = sorted(ByteLevel.alphabet()) + [spell(piece) for piece in pieces()]
+    # With equal scores the best segmentation of a unigram model is the shortest one.
+    tokenizer = Tokenizer(Unigram([(piece, -1.0) for piece in vocabulary]))
+    tokenizer.pre_tokenizer = letters
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def write(folder: Path) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json`, as transformers' AutoTokenizer reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    build().save(str(folder / "tokenizer.json"))
+    config = {
+        "additional_special_tokens": list(SPECIAL_TOKENS[3:]),
+        "bos_token": None,
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "model_max_length": 32768,
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
