@@ -73,6 +73,8 @@ def thinking_format(text: str, rules: str = "corrected") -> bool:
     match it). corrected: newlines and outer blanks are allowed, each tag must occur exactly once.
     """
     if choose(rules, RULES, "rules") == "released":
+        if len(text) > MAX_CHARS:
+            return False
         text = text.removesuffix("\n")  # the pattern's $ also matches before one last newline
         head, join, tail = "<think>", "</think><answer>", "</answer>"
         inner = text.find(join, len(head), len(text) - len(tail))
@@ -162,6 +164,7 @@ _BOX_TOKEN = re.compile(r"<\|box_start\|>|<\|box_end\|>|\n")
 
 def token_segments(text: str) -> list[tuple[str, list[str]]] | None:
     """The text as object-ref segments: [(label, [box contents])]; None unless the whole text has that form."""
+    text = text[:MAX_CHARS]
     segments, at = [], 0
     while at < len(text):
         match = _SEGMENT.match(text, at)
@@ -178,7 +181,7 @@ def token_boxes(text: str, across_lines: bool = False) -> list[str]:
     Unless `across_lines`, a content that spans a line break is skipped, as by the dot of the published pattern.
     """
     contents, start = [], None
-    for token in _BOX_TOKEN.finditer(text):
+    for token in _BOX_TOKEN.finditer(text, 0, MAX_CHARS):
         if token[0] == BOX_START:
             start = token.end() if start is None else start
         elif token[0] == BOX_END:
@@ -216,15 +219,19 @@ def _refuse(constant: str) -> None:
 
 def load_json(text: str) -> Any:
     """The value of a JSON text, None if it is not strict JSON (NaN, Infinity and bottomless nesting included)."""
+    return _load(text[:MAX_CHARS])
+
+
+def _load(text: str) -> Any:
     try:
-        return json.loads(text[:MAX_CHARS], parse_constant=_refuse)
+        return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
 
 
 def json_list(text: str) -> list[Any] | None:
     """The list that the whole text is, with or without a code fence around it; None otherwise."""
-    value = load_json(text.replace("```json", "").replace("```", ""))
+    value = load_json(text[:MAX_CHARS].replace("```json", "").replace("```", ""))
     return value if isinstance(value, list) else None
 
 
@@ -233,9 +240,11 @@ def json_objects(text: str) -> list[dict[str, Any]]:
     strict = json_list(text)
     if strict is not None:
         return [item for item in strict if isinstance(item, dict)]
+    text = text[:MAX_CHARS]
     _, fence, body = text.partition("```json")
     candidates = _FLAT_OBJECT.findall(body.partition("```")[0] if fence else text)
-    return [item for item in map(load_json, candidates) if isinstance(item, dict)]
+    items = _load(f"[{','.join(candidates)}]")  # at once is three times as fast as one by one
+    return [item for item in (map(_load, candidates) if items is None else items) if isinstance(item, dict)]
 
 
 def json_box(item: Any) -> tuple[list[float], str] | None:

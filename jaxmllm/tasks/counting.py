@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 
-from jaxmllm.geometry import Boxes, Points, box_center, hungarian
+from jaxmllm.geometry import Boxes, Points, hungarian
 from jaxmllm.tasks import answers
 
 SCALE = 1000 * math.sqrt(2)  # the diagonal of the 0..1000 grid
@@ -53,7 +53,7 @@ def released_format(text: str) -> float:
 def released_points(text: str) -> list[list[float]]:
     """Centres of all readable boxes anywhere in the text, on the 0..1000 grid. A coordinate may be infinite."""
     points = []
-    for content in answers.token_boxes(text[: answers.MAX_CHARS].replace(answers.PAD, "")):
+    for content in answers.token_boxes(text.replace(answers.PAD, "")):
         literals = answers.two_pairs(content)
         if literals is None or any(map(_ZERO_LED.fullmatch, literals)):
             continue
@@ -153,7 +153,10 @@ def read(text: str, style: str = "qwen2_5_vl", thinking: bool = False) -> list[l
 
 
 def _center(box: list[float] | None) -> list[float] | None:
-    return None if box is None or box[0] > box[2] or box[1] > box[3] else box_center(box).tolist()
+    if box is None or box[0] > box[2] or box[1] > box[3]:
+        return None
+    x1, y1, x2, y2 = box
+    return [x1 / 2 + x2 / 2, y1 / 2 + y2 / 2]
 
 
 def _json_point(item: Any) -> list[float] | None:

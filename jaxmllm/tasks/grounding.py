@@ -62,6 +62,7 @@ def released_box(text: str, lax: bool = False) -> list[float]:
     precede the closing one. `lax` also allows `12.` and blanks around the pair form's middle comma (evaluation script).
     Without `<|box_start|>` in the text the numbers are multiplied by 1000 and cut to whole numbers.
     """
+    text = text[: answers.MAX_CHARS]
     box = _first_box(text, _LAX if lax else _STRICT)
     if box is None:
         return [0.0] * 4
@@ -82,7 +83,7 @@ def released_reward(text: str, target: Sequence[float] | str, power: float = 2.0
     Raises:
         ValueError: the target is not four numbers.
     """
-    box = released_box(text[: answers.MAX_CHARS].replace(answers.PAD, ""))
+    box = released_box(text.replace(answers.PAD, ""))
     return float(box_iou(box, _target(target)) ** power)
 
 
