@@ -1,0 +1,447 @@
+"""Sources of records: `open_source("coco:PATH")` and its like, subsets, groups and weighted mixtures of them.
+
+| spec                         | records (options)                                                                  |
+|------------------------------|------------------------------------------------------------------------------------|
+| `world:grounding:2,counting` | the procedural world, tasks with weights (split seed length questions, and every   |
+|                              | field of the world's spec that is no nested tuple)                                 |
+| `coco:FILE.json`             | COCO JSON (task=detection,counting,grounding categories=A,B crowd max_objects      |
+|                              | empty images)                                                                      |
+| `chat:FILE`                  | Hugging Face messages, or TRL's prompt / image(s) / solution (images)              |
+| `pr1:FILE`                   | Perception-R1's rows, or a YAML mixture of such files (task frame images seed)     |
+| `refcoco:PATH`               | RefCOCO, + and g: rows, a JSON release, or a folder prepared by TFDS               |
+|                              | (split dataset boxes images)                                                       |
+| `pixmo:FILE`                 | PixMo-Count (frame images)                                                         |
+| `pages:FILE`                 | pages with lines (images)                                                          |
+| `records:FILE`               | rows that already are records of this library (task images)                        |
+| `tfds:FOLDER`                | records of the world that its TFDS builder wrote to ArrayRecord (split)            |
+
+FILE is .jsonl, .json (a list) or .parquet (also a folder of shards), unless it says otherwise. Options are written
+`coco:train.json?task=counting&categories=RBC,WBC`. Every spec also takes `sample` (first:N, end:N, random:N, N with or
+without %) with `seed`, `group` (records of one image together, see `Grouped`) and, among several specs, `weight`.
+"""
+
+import dataclasses
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import parse_qsl
+
+import grain
+import numpy as np
+
+from jaxmllm.data import records
+from jaxmllm.data.coco import CocoSource, referring_rows
+from jaxmllm.data.formats import Record, Rows, RowSource, Source, choose, existing, image_root, media
+from jaxmllm.data.tfds import is_prepared, open_prepared
+from jaxmllm.errors import InputError
+from jaxmllm.world.source import DEFAULT_SPECS, WorldSource
+
+
+class RecordSource(Protocol):
+    """What the pipeline reads. A source may also have `records(index)`: several records of one image."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+# ---------------------------------------------------------------- parts of sources
+
+
+class Subset(Source):
+    """The records of `source` at `indices`, in that order."""
+
+    def __init__(self, source: RecordSource, indices: Sequence[int]):
+        self.source, self.indices = source, np.asarray(indices, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[self._at(index)]
+
+    def records(self, index: int) -> list[Record]:
+        return all_records(self.source, self._at(index))
+
+    def image_key(self, index: int):
+        return self.source.image_key(self._at(index))
+
+    def where(self, index: int) -> str:
+        return where(self.source, self._at(index))
+
+    def _at(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"no record {index}, there are {len(self)}")
+        return int(self.indices[index])
+
+
+class Grouped(Source):
+    """The records of each image together: item i is the first record of image i, `records(i)` are all of them.
+
+    Reads every row once; a source that knows its images without reading rows (COCO) is grouped at once.
+    """
+
+    def __init__(self, source: Source):
+        groups: dict[Any, list[int]] = {}
+        for index in range(len(source)):
+            groups.setdefault(source.image_key(index), []).append(index)
+        self.source, self.groups = source, list(groups.values())
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[self.groups[index][0]]
+
+    def records(self, index: int) -> list[Record]:
+        return [self.source[i] for i in self.groups[index]]
+
+    def image_key(self, index: int):
+        return self.source.image_key(self.groups[index][0])
+
+    def where(self, index: int) -> str:
+        return where(self.source, self.groups[index][0])
+
+
+class Mixture(Source):
+    """Several sources, addressed one after the other; `order` draws from each by its weight.
+
+    Without weights every record is drawn equally often.
+    """
+
+    def __init__(self, sources: Sequence[RecordSource], weights: Sequence[float] | None = None):
+        if not sources or (weights is not None and len(weights) != len(sources)):
+            raise InputError(f"mixture: {len(sources)} sources and {len(weights or ())} weights")
+        if weights is not None and not all(math.isfinite(w) and w > 0 for w in weights):
+            raise InputError(f"mixture: weights must be positive numbers, got {list(weights)}")
+        self.sources = list(sources)
+        self.weights = None if weights is None else [float(w) for w in weights]
+        self.starts = np.cumsum([0, *map(len, sources)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def _at(self, index: int) -> tuple[RecordSource, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"no record {index}, there are {len(self)}")
+        which = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.sources[which], index - int(self.starts[which])
+
+    def __getitem__(self, index: int) -> Record:
+        source, index = self._at(index)
+        return source[index]
+
+    def records(self, index: int) -> list[Record]:
+        return all_records(*self._at(index))
+
+    def image_key(self, index: int):
+        source, inner = self._at(index)
+        return id(source), source.image_key(inner)
+
+    def where(self, index: int) -> str:
+        return where(*self._at(index))
+
+
+def all_records(source: RecordSource, index: int) -> list[Record]:
+    """The records that share image `index`; one where the source knows no groups."""
+    return source.records(index) if hasattr(source, "records") else [source[index]]
+
+
+def where(source: RecordSource, index: int) -> str:
+    """How messages name a record."""
+    return source.where(index) if hasattr(source, "where") else f"record {index}"
+
+
+def order(source: RecordSource, seed: int | None) -> grain.MapDataset:
+    """Endless indices of `source`, epoch after epoch: shuffled anew in each (`seed`), or in their order (None).
+
+    A mixture is drawn by its weights; each of its sources has epochs of its own.
+    """
+    if isinstance(source, Mixture) and source.weights is not None:
+        parts = [
+            order(part, None if seed is None else _seed(seed, k)).map(partial(_shift, int(source.starts[k])))
+            for k, part in enumerate(source.sources)
+        ]
+        return grain.MapDataset.mix(parts, source.weights)
+    if not len(source):
+        raise InputError(f"{getattr(source, 'name', 'source')}: it has no records")
+    indices = grain.MapDataset.range(len(source))
+    return (indices if seed is None else indices.shuffle(_seed(seed, 0))).repeat()
+
+
+def _shift(start: int, index: int) -> int:
+    return start + index
+
+
+def _seed(seed: int, number: int) -> int:
+    """Seeds that stay apart: Grain adds the epoch to the seed, so seed 0 would repeat as seed 1 an epoch later."""
+    return int(np.random.SeedSequence([seed % 2**64, number]).generate_state(1)[0])
+
+
+def sample(source: RecordSource, strategy: str, seed: int = 0) -> RecordSource:
+    """Perception-R1's sampling strategies: all, first:N, end:N, random:N; N a number, or a percentage rounded up."""
+    kind, _, amount = strategy.partition(":")
+    if kind == "all" and not amount:
+        return source
+    choose(kind, ("first", "end", "random"), "sample")
+    number, percent = amount.removesuffix("%"), amount.endswith("%")
+    try:
+        wanted = float(number) if percent else int(number)
+    except ValueError:
+        wanted = -1
+    if not 0 <= wanted < math.inf:
+        raise InputError(f"sample: {strategy!r} is unknown; use all, or first, end or random with :N or :N%")
+    total = len(source)
+    count = min(math.ceil(wanted * total / 100) if percent else int(wanted), total)
+    if kind == "random":
+        indices = np.random.default_rng(seed).permutation(total)[:count]
+    else:
+        indices = np.arange(total)[:count] if kind == "first" else np.arange(total)[total - count :]
+    return Subset(source, indices)
+
+
+# ---------------------------------------------------------------- kinds
+
+
+def _file(path: str, parse: Callable[..., Record], column: str, images: str | None, **options: Any) -> RowSource:
+    """Rows of a file; `column` is where the first row has the path of an image, which tells where images are."""
+    file = existing(path, folder=True)
+    return _rows(file, Rows(file), parse, column, images, **options)
+
+
+def _rows(
+    file: Path, rows: Any, parse: Callable[..., Record], column: str, images: str | None, **options: Any
+) -> RowSource:
+    try:
+        row = rows[0]
+    except InputError as error:
+        raise InputError(f"{file}, record 0: {error}") from None
+    root = image_root(file, images, _first_image(row, column))
+    return RowSource(rows, partial(parse, **options), file, root)
+
+
+def _first_image(row: Mapping[str, Any], column: str) -> str | None:
+    for key in (column, "image", "images", "file_name"):
+        cell = row.get(key)
+        cell = cell[0] if isinstance(cell, list) and cell else cell
+        if cell is not None:
+            try:
+                cell = media(cell, Path())
+            except InputError:
+                return None
+            return cell if isinstance(cell, str) else None
+    return None
+
+
+def open_chat(path: str, images: str | None = None) -> Source:
+    return _file(path, records.chat, "images", images)
+
+
+def open_pages(path: str, images: str | None = None) -> Source:
+    return _file(path, records.page, "file_name", images)
+
+
+def open_pixmo(path: str, images: str | None = None, frame: str = "pixel") -> Source:
+    return _file(path, records.pixmo_count, "image", images, frame=frame)
+
+
+def open_records(path: str, images: str | None = None, task: str | None = None) -> Source:
+    return _file(path, records.own, "images", images, task=task)
+
+
+def open_coco(
+    path: str,
+    task: tuple[str, ...] = ("detection",),
+    images: str | None = None,
+    categories: tuple[str, ...] = (),
+    crowd: str = "drop",
+    max_objects: int = 0,
+    empty: bool = False,
+) -> Source:
+    return CocoSource(path, task, images, categories, crowd, max_objects, empty)
+
+
+def open_refcoco(
+    path: str,
+    images: str | None = None,
+    split: str | None = None,
+    dataset: str | None = None,
+    boxes: str = "xyxy",
+) -> Source:
+    file = existing(path, folder=True)
+    if is_prepared(file):
+        return open_prepared(file, split)
+    if file.is_dir() or (file.suffix == ".json" and _starts_with_object(file)):
+        return _rows(file, referring_rows(file, split, dataset), records.referring, "file_name", images)
+    return _file(path, records.referring, "image", images, boxes=boxes)
+
+
+def _starts_with_object(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).lstrip()[:1] == b"{"
+
+
+def open_pr1(
+    path: str, images: str | None = None, task: str | None = None, frame: str | None = None, seed: int = 0
+) -> RecordSource:
+    """Rows, or a YAML file {"datasets": [{"json_path", "sampling_strategy", "data_root" or "image_root"}]}."""
+    if Path(path).suffix not in (".yaml", ".yml"):
+        return _file(path, records.perception_r1, "image", images, task=task, frame=frame)
+    import yaml
+
+    file = existing(path)
+    try:
+        entries = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("datasets")
+    except (yaml.YAMLError, OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{file}: not readable as YAML with a list datasets ({error})") from None
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{file}: datasets must be a list of json_path and sampling_strategy")
+    parts = []
+    for k, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
+            raise InputError(f"{file}: datasets[{k}]: json_path is missing")
+        root = entry.get("data_root") or entry.get("image_root") or images
+        try:
+            part = open_pr1(str(file.parent / entry["json_path"]), root and str(file.parent / root), task, frame)
+            part = sample(part, str(entry.get("sampling_strategy", "all")), seed + k)
+        except InputError as error:
+            raise InputError(f"{file}: datasets[{k}]: {error}") from None
+        parts.append(part)
+    return Mixture(parts)
+
+
+def open_world(
+    path: str,
+    task: str | None = None,
+    split: str = "train",
+    seed: int = 0,
+    length: int = 100_000,
+    questions: int = 1,
+    **spec: Any,
+) -> RecordSource:
+    """`path` is one task, or several with weights: `grounding:3,counting`. `spec`: fields of the world's spec."""
+    if task and path:
+        raise InputError(f"world: tasks are given twice, {path!r} and task={task!r}")
+    weights: dict[str, float] = {}
+    for item in (path or task or "").split(","):
+        name, _, weight = item.partition(":")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            raise InputError(f"world: weight {weight!r} of {name!r} is no number") from None
+    first = choose(next(iter(weights)), DEFAULT_SPECS, "world: task")
+    base = DEFAULT_SPECS[first]
+    hints = typing.get_type_hints(type(base))
+    for key in spec:
+        choose(key, [field.name for field in dataclasses.fields(base)], "world: option")
+    base = dataclasses.replace(base, **{k: _convert(f"world: {k}", v, hints[k]) for k, v in spec.items()})
+    return WorldSource(weights, split=split, seed=seed, length=length, spec=base, questions=questions)
+
+
+def open_tfds(path: str, split: str | None = None) -> Source:
+    return open_prepared(existing(path, folder=True), split)
+
+
+KINDS: dict[str, Callable[..., RecordSource]] = {
+    "world": open_world,
+    "coco": open_coco,
+    "chat": open_chat,
+    "pr1": open_pr1,
+    "refcoco": open_refcoco,
+    "pixmo": open_pixmo,
+    "pages": open_pages,
+    "records": open_records,
+    "tfds": open_tfds,
+}
+
+
+# ---------------------------------------------------------------- opening
+
+
+def open_source(spec: str | Sequence[str], **options: Any) -> RecordSource:
+    """Opens a source by its spec, see the module's table; several specs become a mixture by their `weight`.
+
+    `options` are those of the spec's query, as Python values; they win over it. An option that is None is not given.
+    Raises InputError naming the spec for an unknown kind or option, a missing or empty file, or images not found.
+    """
+    if not isinstance(spec, str):
+        parts = [_open(one, options) for one in spec]
+        weights = [weight for _, weight in parts]
+        if len(parts) > 1:
+            given = any(weight is not None for weight in weights)
+            return Mixture([part for part, _ in parts], [w or 1.0 for w in weights] if given else None)
+        spec = spec[0] if spec else ""
+    return _open(spec, options)[0]
+
+
+def _open(spec: str, options: Mapping[str, Any]) -> tuple[RecordSource, float | None]:
+    kind, colon, rest = spec.partition(":")
+    if not colon or kind not in KINDS:
+        raise InputError(f"data {spec!r}: write KIND:PATH with one of the kinds {', '.join(KINDS)}")
+    path, _, query = rest.partition("?")
+    given: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True))
+    given |= {key: value for key, value in options.items() if value is not None}
+    common = {key: given.pop(key) for key in ("sample", "group", "weight") if key in given}
+    seed = given.get("seed", 0)
+    hints = typing.get_type_hints(KINDS[kind])
+    parameters = inspect.signature(KINDS[kind]).parameters
+    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if "sample" in common and "seed" not in parameters:
+        given.pop("seed", None)
+    known = [name for name in parameters if name not in ("path", "spec")]
+    for key in given:
+        if key not in known and not free:
+            raise InputError(f"{kind}: option {key!r} is unknown; it takes {', '.join(known)}, sample, group, weight")
+    values = {k: _convert(f"{kind}: {k}", v, hints[k]) if k in known else v for k, v in given.items()}
+    source = KINDS[kind](path, **values)
+    if "sample" in common:
+        source = sample(source, str(common["sample"]), _convert(f"{kind}: seed", seed, int))
+    if not len(source):
+        raise InputError(f"{spec}: no records are left")
+    if "group" in common and _convert(f"{kind}: group", common["group"], bool):
+        source = Grouped(source)
+    weight = common.get("weight")
+    return source, None if weight is None else _convert(f"{kind}: weight", weight, float)
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """A text of a query as the type that a parameter is annotated with; other values are left alone.
+
+    Tuples are written with commas, or `3-6` and `112x112` for pairs of integers, where one number stands for both.
+    """
+    if not isinstance(value, str):
+        return tuple(value) if isinstance(value, list) else value
+    if isinstance(hint, types.UnionType):
+        hint = next(arm for arm in typing.get_args(hint) if arm is not types.NoneType)
+    arms = typing.get_args(hint)
+    try:
+        if hint is bool:
+            return {"": True, "1": True, "true": True, "0": False, "false": False}[value.lower()]
+        if hint in (int, float):
+            return hint(value)
+        if typing.get_origin(hint) is tuple:
+            if arms == (int, int):
+                numbers = [int(n) for n in value.replace("-", ",").replace("x", ",").split(",")]
+                low, high = numbers * 2 if len(numbers) == 1 else numbers
+                return low, high
+            if arms != (str, ...):
+                raise ValueError
+            return tuple(item for item in value.split(",") if item)
+        return value
+    except (ValueError, KeyError):
+        raise InputError(f"{name}: {value!r} does not fit; expected {_describe(hint)}") from None
+
+
+def _describe(hint: Any) -> str:
+    if hint is bool:
+        return "true or false"
+    if typing.get_origin(hint) is tuple:
+        return {(int, int): "two whole numbers like 3-6", (str, ...): "names with commas"}.get(
+            typing.get_args(hint), "a value that only Python can give"
+        )
+    return {int: "a whole number", float: "a number"}.get(hint, "a text")
