@@ -277,6 +277,12 @@ def test_counting_order_matters_only_without_matching():
     assert counting.released_reward(mixed, points, matching="order") == near(in_order[1])
 
 
+def test_counting_reach():
+    text = points_answer([(100, 200), (300, 400), (500, 600)], "qwen2_vl")  # the last one is 100 away
+    assert counting.reward(text, BIRDS, style="qwen2_vl", reach=200)["closeness"] == near(1 - 0.5 / 3)
+    assert counting.reward(text, BIRDS, style="qwen2_vl", reach=50)["closeness"] == near(2 / 3)
+
+
 def test_corrected_counting_differences():
     def score(text, **changes):
         record = {"label": "b", "count": 1, "points": [[6.4, 4.8]], **IMAGE, **changes}

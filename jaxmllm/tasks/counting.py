@@ -17,8 +17,8 @@ judged. There is no separate format reward: an answer that fails the format gets
 - Reading. Released: `eval` of the box content; here a number pattern in both forms.
 - Qwen2.5-VL. Released: no reader. Corrected: JSON `bbox_2d` or `point_2d`, converted from resized pixels to the grid.
 
-A known weakness of both: the right number of boxes, all at the image centre, earns about 0.7. Watch the accuracy of
-the count and the closeness beside the reward.
+A known weakness of both: the right number of boxes, all at the image centre, earns about 0.7, because a pair is worth
+nothing only at the far end of the diagonal. Counter: a shorter `reach` (corrected form).
 """
 
 import math
@@ -174,10 +174,12 @@ def reward(
     style: str = "qwen2_5_vl",
     thinking: bool = False,
     matching: str = "hungarian",
+    reach: float = SCALE,
 ) -> dict[str, float]:
     """Count ratio times closeness: {"reward" 0..1, "format", "count" = the ratio, "closeness" of the matched pairs}.
 
-    `rules="released"` reads the raw text (box tokens) whatever `style` is, and reports "reward" and "format" only.
+    `reach`: distance on the 0..1000 grid from which a pair is worth nothing; corrected rules only. `rules="released"`
+    reads the raw text (box tokens) whatever `style` is, and reports "reward" and "format" only.
     """
     answers.choose(matching, answers.MATCHING, "matching")
     target = _targets(record)
@@ -192,10 +194,10 @@ def reward(
     if not objects and not len(target):
         return {"reward": 1.0, "format": 1.0, "count": 1.0, "closeness": 1.0}
     points = Points.of(record, [p for p in objects if p is not None], answers.STYLES[style].frame)
-    distance = np.minimum(points.to("norm1000").pairwise_distance(target.to("norm1000")), SCALE)
+    distance = np.minimum(points.to("norm1000").pairwise_distance(target.to("norm1000")), reach)
     pairs = _pairs(distance, matching)
     count = min(distance.shape) / max(len(objects), len(target))
-    closeness = 1 - float(distance[pairs].mean()) / SCALE if min(distance.shape) else 0.0
+    closeness = 1 - float(distance[pairs].mean()) / reach if min(distance.shape) else 0.0
     return {"reward": count * closeness, "format": 1.0, "count": count, "closeness": closeness}
 
 
