@@ -259,8 +259,20 @@ def test_both_forms_of_the_preprocessor_config(raw, limits, tmp_path):
         folder.mkdir()
         (folder / name).write_text(json.dumps(content))
         assert load_pixel_config(folder, MODEL) == cfg
-        assert load_pixel_config(folder, MODEL, min_pixels=1, max_pixels=10**6).min_pixels == 1
+        for low, high, expected in [
+            (1, 10**6, (1, 10**6)),
+            (None, 2000, (min(limits[0], 2000), 2000)),
+            (2 * 10**6, None, (2 * 10**6, 2 * 10**6)),
+            (None, 10**6, (limits[0], 10**6)),
+        ]:
+            made = load_pixel_config(folder, MODEL, min_pixels=low, max_pixels=high)
+            assert (made.min_pixels, made.max_pixels) == expected
     assert load_pixel_config(tmp_path, MODEL) == PixelConfig()
+
+
+def test_limits_that_cross_are_refused():
+    with pytest.raises(InputError, match="min_pixels 20 and max_pixels 10"):
+        pixel_config(MODEL, min_pixels=20, max_pixels=10)
 
 
 def test_normalisation_is_read_from_the_config():

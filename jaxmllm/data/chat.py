@@ -55,7 +55,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.model_config = model_config
         self.pixel_config = pixel_config
-        low, high = FRAME_PIXELS
+        low, high = (min(limit, pixel_config.max_pixels) for limit in FRAME_PIXELS)
         self.video_config = video_config or VideoConfig(
             dataclasses.replace(pixel_config, min_pixels=low, max_pixels=high)
         )

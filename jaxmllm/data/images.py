@@ -119,7 +119,8 @@ def pixel_config(
     """Sizes of `model`, limits and normalisation of a Hugging Face preprocessor config, then the caller's limits.
 
     Both forms are read: `min_pixels` / `max_pixels`, which win as in transformers, and `size` with `shortest_edge` /
-    `longest_edge`. `defaults` are the limits where neither is given.
+    `longest_edge`. `defaults` are the limits where neither is given. Where the caller gives one limit, the file's other
+    one gives way.
     Raises InputError naming `source` and the field when the file disagrees with the model or asks for another pipeline.
     """
     raw = raw or {}
@@ -144,8 +145,8 @@ def pixel_config(
     if not isinstance(size, Mapping):
         raise InputError(f"{source}: size is {size!r}; expected shortest_edge and longest_edge in pixels")
 
-    def limit(override, old, new, default):
-        found = (override, raw.get(old), size.get(new), size.get(old), default)
+    def limit(old, new, default):
+        found = (raw.get(old), size.get(new), size.get(old), default)
         return int(next(value for value in found if value is not None))
 
     def channels(key, default):
@@ -154,13 +155,18 @@ def pixel_config(
             raise InputError(f"{source}: {key} needs three numbers, got {list(values)}")
         return values
 
+    low, high = limit("min_pixels", "shortest_edge", defaults[0]), limit("max_pixels", "longest_edge", defaults[1])
+    if min_pixels is not None:
+        low, high = min_pixels, max(high, min_pixels)
+    if max_pixels is not None:
+        low, high = low if min_pixels is not None else min(low, max_pixels), max_pixels
     return PixelConfig(
         patch_size=vision.patch_size,
         temporal_patch_size=vision.temporal_patch_size,
         merge_size=vision.spatial_merge_size,
         window_size=vision.window_size,
-        min_pixels=limit(min_pixels, "min_pixels", "shortest_edge", defaults[0]),
-        max_pixels=limit(max_pixels, "max_pixels", "longest_edge", defaults[1]),
+        min_pixels=low,
+        max_pixels=high,
         image_mean=channels("image_mean", CLIP_MEAN),
         image_std=channels("image_std", CLIP_STD),
     )

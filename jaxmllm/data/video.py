@@ -69,11 +69,7 @@ def load_video_config(
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
         if not raw:
             path, raw = folder / name, read_json(folder / name)
-    pixels = pixel_config(model, raw, str(path), defaults=FRAME_PIXELS)
-    # the caller's limits are those of images: where only one is given, the other gives way
-    low = min(pixels.min_pixels, max_pixels or pixels.max_pixels) if min_pixels is None else min_pixels
-    high = max(pixels.max_pixels, low) if max_pixels is None else max_pixels
-    pixels = dataclasses.replace(pixels, min_pixels=low, max_pixels=high)
+    pixels = pixel_config(model, raw, str(path), min_pixels=min_pixels, max_pixels=max_pixels, defaults=FRAME_PIXELS)
     keys = ("fps", "min_frames", "max_frames", "max_video_tokens")
     given = {key: raw[key] for key in keys if raw.get(key) is not None}
     if raw.get("cap_pixels_per_frame") is False:
