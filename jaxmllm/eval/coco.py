@@ -5,12 +5,14 @@ score 1.0 as in Perception-R1's evaluation (perception_r1.md section 5). COCOeva
 their order in the result list, so AP depends slightly on that order; here it is fixed: images by id, boxes as the
 answer lists them.
 
-A record may carry, besides the fields of the detection task: `image_id`, `category_ids` (one for each of `categories`),
-`areas` and `iscrowd` (one for each of `boxes`). With them the result file fits the file the records came from.
+A record may carry, besides the fields of the detection task: `image_id` and `file_name`, for the files written here;
+`crowd_boxes` and `crowd_labels`, regions of many objects in which a detection is neither right nor wrong. A record does
+not know areas of masks: small, medium and large are judged by the area of the box.
 """
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,89 +35,83 @@ _CHUNK = 1 << 21  # resamples x thresholds x boxes held at a time
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def category_ids(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Id of each category: the records' own, COCO's if every name is one of its 80, else 1, 2, .. as they appear.
-
-    Raises InputError when two records give one name different ids, or one id different names.
-    """
-    names = list(dict.fromkeys(name for record in records for name in record.get("categories", COCO_IDS)))
-    ids: dict[str, int] = {}
-    for record in records:
-        for name, number in zip(record.get("categories", ()), record.get("category_ids", ()), strict=False):
-            if ids.setdefault(name, int(number)) != int(number):
-                raise InputError(f"record {record['id']!r}: category {name!r} has id {number}, before {ids[name]}")
-    if not ids:
-        return {name: COCO_IDS[name] for name in names} if set(names) <= set(COCO_IDS) else _numbered(names)
-    if set(ids) != set(names) or len(set(ids.values())) != len(ids):
-        raise InputError(f"category_ids must name every category once, got {ids} for {names}")
-    return ids
-
-
-def _numbered(names: Sequence[str]) -> dict[str, int]:
+def category_ids(records: Sequence[Mapping[str, Any]], known: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Id of each category asked for: the `known` one, COCO's if every name is one of its 80, else 1, 2, .. in order."""
+    names = dict.fromkeys(name for record in records for name in record.get("categories", COCO_IDS))
+    for table in (known or {}, COCO_IDS):
+        if names.keys() <= table.keys():
+            return {name: int(table[name]) for name in names}
     return {name: number for number, name in enumerate(names, 1)}
 
 
-def ground_truth(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The records as a COCO annotation file: `images`, `annotations`, `categories`.
+def image_ids(records: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The records' `image_id` where all have whole numbers, else 1, 2, ... InputError when one occurs twice."""
+    given = [record.get("image_id") for record in records]
+    ids = [i for i in given if isinstance(i, int)]
+    if len(ids) < len(given):
+        return list(range(1, len(records) + 1))
+    twice = [i for i, times in Counter(ids).items() if times > 1]
+    if twice:
+        raise InputError(f"image_id {twice[0]} occurs twice; detection is measured with one record an image")
+    return ids
 
-    Raises InputError when two records have the same image id, or a label is not among its record's categories.
+
+def ground_truth(records: Sequence[Mapping[str, Any]], ids: Mapping[str, int]) -> dict[str, Any]:
+    """The records as a COCO annotation file: `images`, `annotations`, `categories` (`ids` by name).
+
+    Raises InputError when two records have the same image id, or a label is not among the categories.
     """
-    ids = category_ids(records)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for record, image_id in zip(records, image_ids(records), strict=True):
         width, height = record["size"]
         name = str(record.get("file_name", record["id"]))
         images.append({"id": image_id, "width": int(width), "height": int(height), "file_name": name})
-        boxes = np.asarray(record["boxes"], np.float64).reshape(-1, 4)
-        sides = boxes[:, 2:] - boxes[:, :2]
-        areas, crowd = record.get("areas", sides.prod(-1)), record.get("iscrowd", [0] * len(boxes))
-        for label, box, side, area, many in zip(record["labels"], boxes, sides, areas, crowd, strict=True):
+        for label, box, crowd in _objects(record):
             if label not in ids:
                 raise InputError(f"record {record['id']!r}: label {label!r} is not one of its categories")
+            x, y, w, h = _xywh(box)
             annotations.append(
                 {
                     "id": len(annotations) + 1,  # COCOeval takes id 0 for "no match"
                     "image_id": image_id,
                     "category_id": ids[label],
-                    "bbox": [*box[:2].tolist(), *side.tolist()],
-                    "area": float(area),
-                    "iscrowd": int(many),
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": crowd,
                 }
             )
-    return {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": number, "name": name} for name, number in ids.items()],
-    }
+    categories = [{"id": number, "name": name} for name, number in ids.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def image_ids(records: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The records' `image_id`, or 1, 2, .. where they have none. InputError when an id occurs twice."""
-    ids = [int(record.get("image_id", number)) for number, record in enumerate(records, 1)]
-    seen: set[int] = set()
-    for number, record in zip(ids, records, strict=True):
-        if number in seen:
-            raise InputError(f"record {record['id']!r}: image_id {number} occurs twice; one detection record an image")
-        seen.add(number)
-    return ids
+def _objects(record: Mapping[str, Any]) -> list[tuple[str, list[float], int]]:
+    """Label, box and 1 for a crowd of every object; a crowd that is also listed as an object counts as a crowd only."""
+    crowds = list(zip(record.get("crowd_labels", ()), map(_floats, record.get("crowd_boxes", ())), strict=True))
+    objects = zip(record["labels"], map(_floats, record["boxes"]), strict=True)
+    return [(*item, 0) for item in objects if item not in crowds] + [(*item, 1) for item in crowds]
 
 
-def results(records: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _floats(box: Sequence[float]) -> list[float]:
+    return [float(side) for side in box]
+
+
+def _xywh(box: Sequence[float]) -> list[float]:
+    x1, y1, x2, y2 = box
+    return [x1, y1, x2 - x1, y2 - y1]
+
+
+def results(
+    records: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]], ids: Mapping[str, int]
+) -> list[dict[str, Any]]:
     """COCO results for predictions {"boxes": [[x1, y1, x2, y2], ..] in original pixels, "labels": [name, ..]}.
 
-    Labels outside the categories are left out.
+    Labels that are not in `ids` are left out.
     """
-    ids = category_ids(records)
     rows = [
-        {
-            "image_id": image_id,
-            "category_id": ids[label],
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "score": 1.0,
-        }
+        {"image_id": image_id, "category_id": ids[label], "bbox": _xywh(box), "score": 1.0}
         for image_id, found in zip(image_ids(records), predictions, strict=True)
-        for label, (x1, y1, x2, y2) in zip(found["labels"], found["boxes"], strict=True)
+        for label, box in zip(found["labels"], found["boxes"], strict=True)
         if label in ids
     ]
     return sorted(rows, key=lambda row: row["image_id"])

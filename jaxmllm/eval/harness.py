@@ -64,10 +64,13 @@ def evaluate(
 ) -> Evaluation:
     """Asks `generate` about the records, writes the folder described above, returns the figures.
 
+    A record needs `size` and, where the model sees another size, `resized`, or its boxes would be read wrongly.
+
     Args:
         generate: completions of a batch of records, in order; should be greedy, so that a resumed run says the same.
         source: records by index, or several such sources by name. Records of a bare source are measured by task.
-        task: the task to pose; None: each record's own `task`.
+        task: the task to pose; None: each record's own `task`. A chat (`messages`) is asked without its last answer,
+            which its completion is compared with; its task, if it has none, is `ocr`: figures of a text.
         out_dir: folder of this evaluation; goes on with what it holds.
         batch_size: records a call of `generate`; fewer at the end of a source and when going on.
         limit: first records of each source to ask; None: all.
@@ -107,24 +110,34 @@ def evaluate(
             file.append(lines)
             done |= {(line["source"], line["id"]): line for line in lines}
             for name, key, index, record in batch:
-                light = {field: value for field, value in record.items() if field != "images"}
+                light = _without_images(record)
                 line = done[name, key]
                 if line["index"] != index:
+                    first, second = sorted((line["index"], index))
                     raise InputError(
-                        f"source {name!r}: records {line['index']} and {index} both have the id {key!r}; ids must be "
+                        f"source {name!r}: records {first} and {second} both have the id {key!r}; ids must be "
                         "unique, and a record keeps its place"
                     )
-                _check_unchanged(line, light, options)
+                _check_unchanged(line, record, options)
                 asked.setdefault(name, []).append((light, line))
             finished += len(batch)
             if on_batch:
                 on_batch(finished, total)
     how = Resampling(n_resamples, seed, confidence)
-    measured = {
-        name: measure([r for r, _ in pairs], [line for _, line in pairs], options, out / folder_name(name), how)
-        for name, pairs in asked.items()
-    }
-    evaluation = Evaluation(measured, confidence)
+    evaluation = Evaluation(
+        {
+            name: measure(
+                [record for record, _ in pairs],
+                [line for _, line in pairs],
+                options,
+                out / folder_name(name),
+                how,
+                getattr(sources.get(name, source), "category_ids", None),
+            )
+            for name, pairs in asked.items()
+        },
+        confidence,
+    )
     save(out, evaluation, how)
     return evaluation
 
@@ -140,12 +153,49 @@ def _batches(
         for start in range(0, n, batch_size):
             batch = []
             for index in range(start, min(start + batch_size, n)):
-                record = source[index]
-                if task is not None or "task" not in record:
-                    record = {**record, "task": task}
-                tasks.get(record["task"])
+                record = _posed(source[index], task, name, index)
                 batch.append((name or record["task"], str(record.get("id", index)), index, record))
             yield batch
+
+
+def _posed(record: Record, task: str | None, name: str, index: int) -> Record:
+    """The record with its task; a chat loses its last answer, which becomes the text (and caption) to compare with."""
+    task = task or record.get("task")
+    posed: dict[str, Any] = {**record, "task": task}
+    messages = record.get("messages")
+    if messages and not {"text", "caption"} & record.keys():
+        posed["task"] = task or "ocr"
+        last = messages[-1] if messages[-1]["role"] == "assistant" else {"content": str(record.get("solution", ""))}
+        posed["messages"] = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        posed["text"] = posed["caption"] = _message_text(last)
+    if posed["task"] not in tasks.names():
+        known = ", ".join(tasks.names())
+        raise InputError(f"source {name!r}, record {index}: task is {posed['task']!r}; give one of {known}")
+    return posed
+
+
+def _message_text(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return "".join(part["text"] for part in parts if part.get("type") == "text")
+
+
+def _without_images(record: Record) -> Record:
+    """What is kept of a record until the end; the name of its image file stays."""
+    images = record.get("images")
+    file = {"file_name": Path(images[0]).name} if images is not None and len(images) and _is_path(images[0]) else {}
+    return file | {field: value for field, value in record.items() if field not in ("images", "videos", "messages")}
+
+
+def _is_path(image: Any) -> bool:
+    return isinstance(image, str | Path)
+
+
+def _question(record: Record, options: Mapping[str, Any]) -> str:
+    if "messages" in record:
+        return _message_text(record["messages"][-1])
+    prompt = tasks.get(record["task"]).prompt
+    return prompt(record, **predictions.accepted(prompt, options))
 
 
 def _generated(generate: Generate, records: list[Record]) -> list[str]:
@@ -166,7 +216,7 @@ def _line(
         "task": record["task"],
         "id": key,
         "index": index,
-        "question": module.prompt(record, **predictions.accepted(module.prompt, options)),
+        "question": _question(record, options),
         "text": text,
         "prediction": predictions.predicted(record["task"], text, record, options),
         "target": predictions.target(record),
@@ -178,9 +228,7 @@ def _line(
 
 def _check_unchanged(line: Mapping[str, Any], record: Record, options: Mapping[str, Any]) -> None:
     """The answer was given for this record: same question, same truth."""
-    module = tasks.get(record["task"])
-    question = module.prompt(record, **predictions.accepted(module.prompt, options))
-    if line["question"] != question or line["target"] != predictions.target(record):
+    if line["question"] != _question(record, options) or line["target"] != predictions.target(record):
         raise InputError(
             f"source {line['source']!r}, id {line['id']!r}: the folder holds an answer to another record of that id; "
             "the data changed, use another folder"

@@ -93,10 +93,16 @@ def _pair(value: Any) -> tuple[float, float]:
 
 
 def measure(
-    records: Sequence[Record], lines: Sequence[Line], options: Mapping[str, Any], folder: Path, how: Resampling
+    records: Sequence[Record],
+    lines: Sequence[Line],
+    options: Mapping[str, Any],
+    folder: Path,
+    how: Resampling,
+    category_ids: Mapping[str, int] | None = None,
 ) -> Measured:
     """Figures of one source's records; for detection writes the COCO files into `folder` and adds AP.
 
+    `category_ids`: the ids by which the COCO files name categories, see `coco.category_ids`.
     A figure that is no mean or ratio over the records (it differs from what its lines give) has no interval.
     """
     task = lines[0]["task"]
@@ -106,8 +112,9 @@ def measure(
     found = dict(zip(names, _intervals(statistic, len(lines), how), strict=True))
     figures = {name: _checked(found.get(name), value) for name, value in exact.items() if np.isfinite(value)}
     if task == "detection":
-        truth = coco.ground_truth(records)
-        results = coco.results(records, [line["prediction"] for line in lines])
+        ids = coco.category_ids(records, category_ids)
+        truth = coco.ground_truth(records, ids)
+        results = coco.results(records, [line["prediction"] for line in lines], ids)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "ground_truth.json", truth)
         write_json(folder / "coco_results.json", results)
@@ -165,7 +172,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """`better` or `worse` where the interval of the difference leaves out 0, else `unclear`; "" for neutral ones."""
+        """`better` or `worse` where the interval of the difference leaves out 0, else `unclear`; "" if neutral."""
         sign, d = direction(self.name), self.difference
         if not sign:
             return ""

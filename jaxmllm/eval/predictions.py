@@ -24,8 +24,8 @@ def accepted(function: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_options(options: Mapping[str, Any], task_names: Sequence[str]) -> None:
     """Raises InputError for an option that none of the tasks' `prompt` and `metric` takes."""
-    functions = [f for name in task_names for f in (tasks.get(name).prompt, tasks.get(name).metric)]
     for name in options:
+        functions = (f for task in task_names for f in (tasks.get(task).prompt, tasks.get(task).metric))
         if not any(name in inspect.signature(function).parameters for function in functions):
             raise InputError(f"evaluation option {name!r} is not taken by {' or '.join(task_names)}")
 
