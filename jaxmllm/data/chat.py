@@ -7,7 +7,7 @@ import dataclasses
 import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int
@@ -176,7 +176,7 @@ class Processor:
         given = {kind: len(pool) for kind, pool in pools.items()}
         asked = dict.fromkeys(SOURCES, 0)
         pictures: dict[str, list[Frames]] = {kind: [] for kind in SOURCES}
-        messages = []
+        messages: list[Message] = []
         for number, message in enumerate(conversation):
             place = f"message {number}"
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
@@ -311,7 +311,7 @@ def _first_words(conversation: Any) -> str:
 
 
 def _ladder(first: int, last: int) -> tuple[int, ...]:
-    """1, 2, 3, 4, 6, 8, 12, ... between first and last: at most half of a bucket's last step is padding."""
+    """1, 2, 3, 4, 6, 8, 12, ... between first and last: less than a third of a bucket is padding."""
     steps = sorted({n for k in range(32) for n in (2**k, 3 * 2**k)})
     return tuple(n for n in steps if first <= n <= last)
 
@@ -357,8 +357,8 @@ def collate(examples: Sequence[Example], buckets: Buckets) -> Prompts:
         frames = max(sum(picture.grid[0] for picture in example.vision) for example in examples)
         windows = max(picture.patches.shape[1] for picture in pictures)
         size = (len(examples), buckets.fit("frames", frames), buckets.fit("windows", windows))
-        patches = np.zeros((*size, *pictures[0].patches.shape[2:]), np.float32)
-        places = np.full((*size, *pictures[0].positions.shape[2:]), -1, np.int32)
+        patches: Any = np.zeros((*size, *pictures[0].patches.shape[2:]), np.float32)
+        places: Any = np.full((*size, *pictures[0].positions.shape[2:]), -1, np.int32)
         for row, example in enumerate(examples):
             first = 0
             for picture in example.vision:
@@ -368,21 +368,20 @@ def collate(examples: Sequence[Example], buckets: Buckets) -> Prompts:
                 first += count
         vision = Vision(patches, places)
         frame_tokens = size[2] * pictures[0].window_tokens
-    tokens, vision_index = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-    positions = np.zeros((shape[0], 3, shape[1]), np.int32)
+    leaves = {
+        "tokens": np.zeros(shape, np.int32),
+        "positions": np.zeros((shape[0], 3, shape[1]), np.int32),
+        "lengths": np.array([len(example.tokens) for example in examples], np.int32),
+        "next_position": np.array([example.next_position for example in examples], np.int32),
+        "vision_index": np.full(shape, -1, np.int32),
+    }
     for row, example in enumerate(examples):
         n = len(example.tokens)
-        tokens[row, :n] = example.tokens
-        positions[row, :, :n] = example.positions
-        vision_index[row, :n] = np.where(example.frame_of < 0, -1, example.frame_of * frame_tokens + example.token_of)
-    return Prompts(
-        tokens=tokens,
-        positions=positions,
-        lengths=np.array([len(example.tokens) for example in examples], np.int32),
-        next_position=np.array([example.next_position for example in examples], np.int32),
-        vision_index=vision_index,
-        vision=vision,
-    )
+        index = example.frame_of * frame_tokens + example.token_of
+        leaves["tokens"][row, :n] = example.tokens
+        leaves["positions"][row, :, :n] = example.positions
+        leaves["vision_index"][row, :n] = np.where(example.frame_of < 0, -1, index)
+    return Prompts(**cast(dict[str, Any], leaves), vision=vision)
 
 
 def collate_completions(
@@ -400,11 +399,14 @@ def collate_completions(
         raise InputError("a batch needs at least one completion")
     longest = max(len(row) for group in completions for row in group)
     shape = (len(completions), groups, buckets.fit("completion", longest))
-    tokens, weight = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    lengths = np.zeros(shape[:2], np.int32)
+    leaves = {
+        "tokens": np.zeros(shape, np.int32),
+        "lengths": np.zeros(shape[:2], np.int32),
+        "weights": np.zeros(shape, np.float32),
+    }
     for b, group in enumerate(completions):
         for g, row in enumerate(group):
-            lengths[b, g] = len(row)
-            tokens[b, g, : len(row)] = row
-            weight[b, g, : len(row)] = weights[b][g]
-    return Completions(tokens=tokens, lengths=lengths, weights=weight)
+            leaves["lengths"][b, g] = len(row)
+            leaves["tokens"][b, g, : len(row)] = row
+            leaves["weights"][b, g, : len(row)] = weights[b][g]
+    return Completions(**cast(dict[str, Any], leaves))

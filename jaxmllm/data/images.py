@@ -208,11 +208,11 @@ def load_image(source: Any, name: str = "") -> Image.Image:
         if not path.is_file():
             raise InputError(f"{path}: image file not found")
     name = str(path) if path else name or f"image ({type(source).__name__})"
+    image: Image.Image
     try:
         if path:
-            with Image.open(path) as opened:
-                opened.load()
-                image = opened
+            with Image.open(path) as image:
+                image.load()
         elif isinstance(source, bytes | bytearray):
             image = Image.open(io.BytesIO(source))
             image.load()

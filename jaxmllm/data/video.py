@@ -7,6 +7,7 @@ pipeline. Frames are resized by Pillow instead of torchvision: about 0.5 % of th
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -65,7 +66,8 @@ def load_video_config(
     The first that exists counts, as in transformers. Raises InputError as `pixel_config`.
     """
     folder = Path(folder)
-    path, raw = folder / "processor_config.json", read_json(folder / "processor_config.json").get("video_processor")
+    path = folder / "processor_config.json"
+    raw = read_json(path).get("video_processor") or {}
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
         if not raw:
             path, raw = folder / name, read_json(folder / name)
@@ -129,7 +131,7 @@ def load_video(
     """
     if max_frames is not None and min_frames is None:
         min_frames = min(cfg.min_frames, max_frames)
-    changes = {"fps": fps, "min_frames": min_frames, "max_frames": max_frames}
+    changes: dict[str, Any] = {"fps": fps, "min_frames": min_frames, "max_frames": max_frames}
     cfg = dataclasses.replace(cfg, **{key: value for key, value in changes.items() if value is not None})
     if source_fps is not None and not 0 < source_fps < math.inf:
         raise InputError(f"{name}: source_fps is {source_fps}; it must be a positive number")
@@ -147,18 +149,17 @@ def load_video(
 
 
 def _resize_all(images: Iterator[Image.Image], indices: np.ndarray, cfg: VideoConfig, name: str) -> np.ndarray:
-    frames, first = None, None
-    for place, image in enumerate(images):
-        if frames is None:
-            first, (height, width) = image.size, frame_size(len(indices), image.height, image.width, cfg)
-            frames = np.empty((len(indices), height, width, 3), np.uint8)
-        if image.size != first:
-            raise InputError(f"{name}: frame {indices[place]} is {image.size} px and the first is {first} px")
-        frames[place] = np.asarray(image.resize(frames.shape[2:0:-1], Image.Resampling.BICUBIC))
+    first = next(images)
+    height, width = frame_size(len(indices), first.height, first.width, cfg)
+    frames = np.empty((len(indices), height, width, 3), np.uint8)
+    for place, image in enumerate(itertools.chain([first], images)):
+        if image.size != first.size:
+            raise InputError(f"{name}: frame {indices[place]} is {image.size} px and the first is {first.size} px")
+        frames[place] = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
     return frames
 
 
-def _items(source: Any, name: str) -> Sequence[Any]:
+def _items(source: Any, name: str) -> Sequence[Any] | np.ndarray:
     """Frames of a folder, list or array, unread."""
     if isinstance(source, str | Path):
         folder = local_path(source, name)
