@@ -154,7 +154,8 @@ def _crosses(path: Sequence[Box | None], others: Sequence[Sequence[Box | None]],
     return False
 
 
-def _mover(spec: ClipSpec, thing: SceneObject, others: list[list[Box | None]], stream: Stream) -> Mover:
+def _mover(spec: ClipSpec, thing: SceneObject, others: list[list[Box | None]], stream: Stream) -> Mover | None:
+    """The object with a motion that keeps to the spec; None if neither a motion nor standing still does."""
     width, height = spec.scene.size
     for _ in range(_TRIES):
         moves, actions = _steps(spec, stream)
@@ -164,7 +165,8 @@ def _mover(spec: ClipSpec, thing: SceneObject, others: list[list[Box | None]], s
         may_leave = stream.chance(spec.leave)
         if (inside or may_leave) and not _crosses(seen, others, spec.crossing):
             return Mover(thing, tuple(seen), tuple(actions))
-    return Mover(thing, (thing.box,) * spec.total, ((1, spec.total, STILL),))
+    rest = (thing.box,) * spec.total
+    return None if _crosses(rest, others, spec.crossing) else Mover(thing, rest, ((1, spec.total, STILL),))
 
 
 def make_clip(spec: ClipSpec, seed: int, split: str, index: int, attempt: int = 0) -> Clip:
@@ -183,10 +185,14 @@ def make_clip(spec: ClipSpec, seed: int, split: str, index: int, attempt: int = 
         kind = stream.choice(spec.scene.ground)
         movers: list[Mover] = []
         for thing in objects:
-            movers.append(_mover(spec, thing, [list(m.boxes) for m in movers], stream))
-        if any(mover.actions[0][2] != STILL or len(mover.actions) > 1 for mover in movers):
-            return Clip(spec.scene.size, tuple(movers), spec.frames, spec.fps, kind, spec.scene.noise,
-                        (seed, split, index))  # fmt: skip
+            mover = _mover(spec, thing, [list(m.boxes) for m in movers], stream)
+            if mover is None:
+                break
+            movers.append(mover)
+        moving = any(mover.actions[0][2] != STILL or len(mover.actions) > 1 for mover in movers)
+        if moving and len(movers) == len(objects):
+            address = (seed, split, index)
+            return Clip(spec.scene.size, tuple(movers), spec.frames, spec.fps, kind, spec.scene.noise, address)
     raise InputError(
         "ClipSpec: no clip with a moving object could be drawn; lower `still`, `speed`, `frames` or scene.objects, or "
         "raise `crossing`"

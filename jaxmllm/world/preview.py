@@ -108,7 +108,7 @@ def _annotated(image: Image.Image, record: Record, frame: int) -> Image.Image:
         if text:
             x, y = points[0]
             font = _font(10)
-            area = pen.textbbox((x + 2, max(0, y - 12)), text, font=font)
+            area = pen.textbbox((x + 2, max(0, y - 15)), text, font=font)
             pen.rectangle(area, fill=(0, 0, 0))
             pen.text(area[:2], text, fill=_LOOKS[look % len(_LOOKS)], font=font, anchor="la")
 

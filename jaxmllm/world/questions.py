@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from jaxmllm.tasks import tracks
 from jaxmllm.world.clips import Clip
 from jaxmllm.world.expressions import Referring, spoken
 from jaxmllm.world.pages import Page
@@ -184,7 +185,8 @@ def clip_fields(clip: Clip) -> Record:
     }
 
 
-def clip_record(clip: Clip, task: str, stream: Stream) -> Record:
-    """A clip with one query of the task: `query` as `tasks.tracks.make_query` draws it."""
-    record = clip_fields(clip)
-    return record
+def tracks_record(record: Record, stream: Stream) -> Record:
+    """A clip record with one query about it, as the tracks task draws them (at most 4 tracks are kept)."""
+    asked = tracks.make_query(record, stream.generator())
+    assert asked is not None  # a clip has a mover, so there is always a box to ask about
+    return asked

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 
 from jaxmllm.errors import InputError
 from jaxmllm.world.clips import Clip, ClipSpec, make_clip
 from jaxmllm.world.pages import Page, PageSpec, make_page
-from jaxmllm.world.questions import Record, SceneQuestions, clip_record, ocr
+from jaxmllm.world.questions import Record, SceneQuestions, clip_fields, ocr, tracks_record
 from jaxmllm.world.scenes import Scene, SceneSpec, make_scene
 from jaxmllm.world.streams import QUESTIONS, Stream, check_split
 
@@ -152,19 +152,19 @@ class WorldSource:
         found = []
         for k in range(count):
             task = self._draw_task(stream)
-            if questions is not None:
-                fields = getattr(questions, task)(k)
-            elif isinstance(content, Page):
-                fields = ocr(content)
-            else:
-                fields = clip_record(content, task, stream)
-            head: dict[str, Any] = {
+            record: Record = {
                 "id": f"world-{task}-{self.split}-{self.seed}-{index.__index__()}-{k}",
                 "task": task,
                 "images": images,
                 "size": list(content.size),
             }
-            found.append(head | fields)
+            if questions is not None:
+                record |= getattr(questions, task)(k)
+            elif isinstance(content, Page):
+                record |= ocr(content)
+            else:
+                record = tracks_record(record | clip_fields(content), stream)
+            found.append(record)
         return found
 
     def _draw_task(self, stream: Stream) -> str:

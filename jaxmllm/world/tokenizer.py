@@ -64,6 +64,10 @@ QUESTION_PIECES = (
     "Describe this image in detail.", "Give a detailed description of the image.",
     "What can be seen in this image? Describe it thoroughly.", "Write a detailed caption for this picture.",
     "Describe everything you see in the picture, with the details.", "The image shows", " and then",
+    "Answer as <answer>, one line Track k: name<Id k>Frame t:[xmin,ymin,xmax,ymax];...</Id k> per subject",
+    "Write each trajectory as Track k: name<Id k>Frame t:[xmin,ymin,xmax,ymax];...</Id k>.", ", then <attr>",
+    "Reason between <think> and </think> first. ", "</attr>, </answer>.", ", </answer>.", "action=...", "; location=...",
+    "appearance=...", "; action=...", "; frames=...", " frames, Frame1 to Frame", "The clip has ",
 )  # fmt: skip
 
 # Words that also start a text or follow a quotation mark: one piece with a leading blank and one without.
@@ -129,7 +133,7 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     build().save(str(folder / "tokenizer.json"))
     config = {
-        "additional_special_tokens": list(SPECIAL_TOKENS[3:]),
+        "additional_special_tokens": [t for t in SPECIAL_TOKENS if t not in ("<|endoftext|>", "<|im_end|>")],
         "bos_token": None,
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
