@@ -93,7 +93,8 @@ def test_batches_single_forms_and_no_gradient():
         alone = SCORE(full[index], frames[index], jnp.asarray(mask[index]))
         for name in out:
             np.testing.assert_allclose(out[name][index], alone[name], rtol=1e-6)
-    one = jax.jit(lambda *a: temporal.temporal_perplexity(*a, mode="ppl", reduce="min"))(full, frames, jnp.asarray(mask))
+    strict = jax.jit(lambda *a: temporal.temporal_perplexity(*a, mode="ppl", reduce="min"))
+    one = strict(full, frames, jnp.asarray(mask))
     np.testing.assert_allclose(one, out["tpl_ppl_min"], rtol=1e-6)
     gradient = jax.jit(jax.grad(lambda x: temporal.temporal_perplexity(x, frames, jnp.asarray(mask)).sum()))(full)
     assert not gradient.any()  # TPL must not be trainable: it rises when one frame explains the text worse
