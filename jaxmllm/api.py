@@ -63,7 +63,7 @@ class Model:
 class Generation:
     """One completion of a conversation."""
 
-    text: str  # without special tokens
+    text: str  # without the stop token
     token_ids: list[int]  # the stop token included
     logprobs: np.ndarray  # [len(token_ids)], nats, under the distribution it was drawn from
     stop_reason: str  # "stop" (a stop token was written) or "length"
@@ -138,7 +138,8 @@ def load(
 
 def _generation(model: Model, tokens: np.ndarray, length: int, logps: np.ndarray, stopped: bool) -> Generation:
     ids = tokens[:length].tolist()
-    text = model.tokenizer.decode(ids, skip_special_tokens=True)
+    # box and reference markers are part of an answer, only the stop token is not
+    text = model.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
     return Generation(text, ids, logps[:length], "stop" if stopped else "length")
 
 

@@ -31,6 +31,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|merger_fc1)/kernel", P("fsdp", "tensor")),
     (r".*/(o_proj|down_proj|proj|fc2|merger_fc2)/kernel", P("tensor", "fsdp")),
     (r"vision/patch_embed/kernel", P(None, "fsdp")),
+    (r"warmup/.*", P()),  # throw-away heads of the vision warm-up
     (r".*/(scale|bias)", P()),
 )
 

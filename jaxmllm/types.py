@@ -79,3 +79,4 @@ class TrainState:
     step: Int[Array, ""]  # updates done
     params: Any  # all weights, frozen ones included
     opt_state: Any  # of the trainable part only
+    reference: Any = None  # trainable part of the reference model, when a KL term needs one

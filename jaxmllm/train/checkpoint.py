@@ -24,7 +24,9 @@ class Checkpoints:
         self._best_metric = best_metric
         preserve: Any = ocp.checkpoint_managers.LatestN(keep)
         if best_metric:
-            best = ocp.checkpoint_managers.BestN(get_metric_fn=lambda m: m[best_metric], n=1, keep_checkpoints_without_metrics=False)
+            best = ocp.checkpoint_managers.BestN(
+                get_metric_fn=lambda m: m[best_metric], n=1, keep_checkpoints_without_metrics=False
+            )
             preserve = ocp.checkpoint_managers.AnyPreservationPolicy([preserve, best])
         self._manager = ocp.CheckpointManager(
             Path(folder).absolute(),
@@ -47,7 +49,9 @@ class Checkpoints:
                 metrics=metrics,
             )
         except OSError as error:
-            raise InputError(f"checkpoint {step} could not be written ({error}); earlier checkpoints are intact") from error
+            raise InputError(
+                f"checkpoint {step} could not be written ({error}); earlier checkpoints are intact"
+            ) from error
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict] | None:
         """The newest (or a given) checkpoint in the shapes and shardings of `like`; None when there is none."""

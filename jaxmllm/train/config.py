@@ -5,7 +5,6 @@ Option names are TRL's and transformers' where they have one.
 
 import dataclasses
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +12,6 @@ from jaxmllm.errors import InputError
 from jaxmllm.losses.grpo_options import GRPOOptions
 from jaxmllm.losses.logprobs import Sampling
 from jaxmllm.model.lora import LoRAConfig
-
-Tower = r"vision/.*"
-NOT_TOWER = r"(?!vision/).*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +28,7 @@ class DataConfig:
     max_pixels: int | None = None
     max_prompt_length: int = 1024  # tokens, vision included; a longer prompt is an error
     questions_per_image: int = 1  # SFT: questions that share one image and its prefix
+    first_coordinate_weight: float = 1.0  # SFT: weight of the first number of each box in the loss
     max_bad_records: int = 0  # records that may be unreadable before the run stops
     workers: int = 2  # threads that prepare batches ahead
 
@@ -67,8 +64,6 @@ class RolloutConfig:
     reward_processes: int = 0  # processes that compute rewards; 0: in the main one (no time limit)
     num_iterations: int = 1  # passes over each rollout
     steps_per_generation: int = 1  # updates a pass: the rollout's prompts are cut into so many batches
-    dynamic_sampling: bool = False  # drop groups without spread and draw others (DAPO)
-    max_resample: int = 4  # rollouts at most for one update when sampling dynamically
     soft_punish_cache: int = 0  # tokens before the limit where the overlong punishment begins; 0: none
 
     def sampling(self, banned: tuple[int, ...]) -> Sampling:
@@ -158,9 +153,6 @@ class TrainConfig:
             raise InputError(f"config {self.name!r}:\n  " + "\n  ".join(problems))
         return self
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
-
 
 def load_config(path: str | Path) -> TrainConfig:
     """The `config` of a Python file. InputError when the file is missing, fails, or holds no TrainConfig."""
@@ -178,15 +170,3 @@ def load_config(path: str | Path) -> TrainConfig:
     if not isinstance(config, TrainConfig):
         raise InputError(f"{path}: must define `config`, a jaxmllm.train.config.TrainConfig")
     return config
-
-
-def config_difference(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """Lines "field: old -> new" of two nested dicts."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += config_difference(a, b, f"{prefix}{key}.")
-        elif a != b:
-            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
-    return lines

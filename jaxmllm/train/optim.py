@@ -44,7 +44,9 @@ def split(params: dict, trainable: str) -> tuple[dict, dict]:
     paths = tree_paths(params)
     train, frozen = part(params, paths, True), part(params, paths, False)
     if not train:
-        raise InputError(f"trainable = {trainable!r} matches no parameter; paths are like {', '.join(jax.tree.leaves(paths)[:4])}")
+        raise InputError(
+            f"trainable = {trainable!r} matches no parameter; paths are like {', '.join(jax.tree.leaves(paths)[:4])}"
+        )
     return train, frozen
 
 

@@ -130,7 +130,9 @@ def grpo_step(
     items = jnp.sum(rollout.completions.weights)
     threshold = None
     if options.top_entropy_quantile < 1 and count > 1:  # of the whole update, not of a microbatch
-        _, entropies = score(state.params, update.cfg, rollout.prompts, rollout.completions, sampling, rollout.vision_tokens)
+        _, entropies = score(
+            state.params, update.cfg, rollout.prompts, rollout.completions, sampling, rollout.vision_tokens
+        )
         mask = _flat(rollout.completions.weights)
         threshold = entropy_threshold(_flat(entropies), mask, options.top_entropy_quantile)
 

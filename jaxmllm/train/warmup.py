@@ -17,6 +17,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxmllm.data.images import PixelConfig, image_frames
+from jaxmllm.mesh import shard_batch
 from jaxmllm.model import qwen_vl
 from jaxmllm.train.step import Update, apply_gradients
 from jaxmllm.types import TrainState, Vision
@@ -78,8 +79,8 @@ class _Pictures:
 
 def warmup_batches(
     sources: Sequence[WorldSource], pixels: PixelConfig, batch_size: int, seed: int, workers: int = 1
-) -> tuple[Any, np.ndarray, tuple[str, ...]]:
-    """An endless iterator of WarmupBatch with `get_state` and `set_state`; the raster order of tokens; the fields.
+) -> tuple[Any, np.ndarray]:
+    """An endless iterator of WarmupBatch with `get_state`, `set_state` and `close`; and the raster order of tokens.
 
     All pictures must have one size.
     """
@@ -93,7 +94,7 @@ def warmup_batches(
 
     data = grain.MapDataset.source(pictures).shuffle(seed).repeat().batch(batch_size, batch_fn=pack)
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=4 * workers)
-    return iter(data.to_iter_dataset(options)), pictures[0]["token_index"], fields
+    return iter(data.to_iter_dataset(options)), pictures[0]["token_index"]
 
 
 def _cross_entropy(logits: Float[Array, "*n C"], target: Int[Array, "*n"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -133,3 +134,29 @@ def warmup_step(
 
     state, loss, metrics = apply_gradients(state, update, loss_fn, batch)
     return state, {"loss": loss} | {name: value.mean() for name, value in metrics.items()}
+
+
+class Warmup:
+    """Callable `(run, batch) -> metrics` that replaces `run.state`."""
+
+    def __init__(self, sources: Sequence[WorldSource], tokenizer: Any, token_index: np.ndarray):
+        self.token_index = jnp.asarray(token_index)
+        # the piece a word has inside a question, where a blank precedes it
+        self.word_ids = tuple(
+            (name, tuple(tokenizer.encode(f"the {word}", add_special_tokens=False)[-1] for word in words))
+            for name, words in word_fields(sources).items()
+        )
+
+    def __call__(self, run: Any, batch: WarmupBatch) -> dict[str, Any]:
+        batch = shard_batch(batch, run.mesh)
+        run.state, metrics = warmup_step(run.state, batch, self.token_index, update=run.update, word_ids=self.word_ids)
+        return metrics
+
+    def get_state(self) -> dict[str, float]:
+        return {}
+
+    def set_state(self, state: dict[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,202 @@
+"""One GRPO step: draw G completions of every prompt, reward them, update the policy on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmllm.data.pipeline import Batch
+from jaxmllm.losses.advantages import completion_metrics, estimate_advantages, reward_metrics, soft_overlong_punishment
+from jaxmllm.losses.schedules import adaptive_entropy_coef, applied_entropy_coef, sync_reference
+from jaxmllm.mesh import shard_batch
+from jaxmllm.rollout import sampler
+from jaxmllm.train.config import TrainConfig
+from jaxmllm.train.optim import join, split
+from jaxmllm.train.rewards import Rewards
+from jaxmllm.train.step import Rollout, encode_jit, grpo_step, score_jit
+from jaxmllm.types import Completions
+
+if TYPE_CHECKING:
+    from jaxmllm.train.setup import Run
+
+
+@dataclasses.dataclass
+class Drawn:
+    """A rollout with what the host knows about it."""
+
+    rollout: Rollout
+    texts: list[str]
+    records: list[dict[str, Any]]  # one a completion
+    rewards: np.ndarray  # [B * G, K]
+    advantages: np.ndarray  # [B * G]
+    parts: list[dict[str, float]]
+    metrics: dict[str, Any]
+
+
+class GRPO:
+    """Callable `(run, batch) -> metrics` that replaces `run.state`."""
+
+    def __init__(self, config: TrainConfig):
+        self.config, self.options = config, config.grpo
+        style = {"style": config.data.style, "thinking": config.data.thinking}
+        rollout = config.rollout
+        self.rewards = Rewards(
+            rollout.reward_funcs, style, processes=rollout.reward_processes, timeout=rollout.reward_timeout
+        )
+        self.entropy_coef, self.entropy = jnp.asarray(config.grpo.entropy_coef), jnp.asarray(jnp.inf)
+        self.last: Drawn | None = None  # for the table of completions
+
+    def __call__(self, run: Run, batch: Batch) -> dict[str, Any]:
+        drawn, seconds = self.draw(run, batch)
+        started = time.perf_counter()
+        metrics = self.update(run, drawn.rollout)
+        jax.block_until_ready(run.state.step)
+        seconds["update"] = time.perf_counter() - started
+        self.last = drawn
+        return drawn.metrics | metrics | {f"seconds/{name}": value for name, value in seconds.items()}
+
+    def draw(self, run: Run, batch: Batch) -> tuple[Drawn, dict[str, float]]:
+        """Samples, rewards and advantages; and the seconds each took."""
+        model, options, g = run.model, self.options, self.options.num_generations
+        clock, seconds = time.perf_counter(), {}
+
+        def lap(name: str) -> None:
+            nonlocal clock
+            now = time.perf_counter()
+            seconds[name], clock = now - clock, now
+
+        params, cfg = run.state.params, model.cfg
+        prompts = shard_batch(batch.prompts, run.mesh)
+        vision_tokens = None
+        if prompts.vision is not None and run.frozen_tower:
+            # encoded once: sampling, reference and update read the same tokens
+            vision_tokens = jax.block_until_ready(encode_jit(params, cfg, prompts.vision))
+            prompts = prompts.replace(vision=None)
+        lap("encode")
+        sampling = self.sampling(run)
+        step_key = jax.random.fold_in(jax.random.key(self.config.seed), int(run.state.step))
+        first = jax.process_index() * len(batch.records)
+        ids = shard_batch(np.arange(first, first + len(batch.records), dtype=np.int32), run.mesh)
+        samples = sampler.sample(
+            params,
+            cfg,
+            prompts,
+            sampler.row_keys(step_key, ids, g),
+            sampling,
+            max_new_tokens=options.max_completion_length,
+            stop_ids=model.stop_ids,
+            pad_id=model.pad_id,
+            vision_tokens=vision_tokens,
+        )
+        host = jax.device_get(samples)
+        lap("sample")
+
+        lengths, stopped = host.lengths.reshape(-1), host.stopped.reshape(-1)
+        rows = host.tokens.reshape(len(lengths), -1)
+        spoken = [row[: n - int(end)].tolist() for row, n, end in zip(rows, lengths, stopped, strict=True)]
+        texts = model.tokenizer.batch_decode(spoken, skip_special_tokens=False)
+        records = [record for record in batch.records for _ in range(g)]
+        table, parts = self.rewards(texts, records)
+        names = list(self.rewards.names)
+        if self.config.rollout.soft_punish_cache:
+            limit = options.max_completion_length
+            punished = soft_overlong_punishment(lengths.tolist(), limit, self.config.rollout.soft_punish_cache)
+            table, names = np.column_stack([table, punished]), [*names, "soft_overlong"]
+        weights = options.reward_weights and (*options.reward_weights, 1.0)[: len(names)]
+        advantages, metrics = estimate_advantages(
+            jnp.asarray(table, jnp.float32), dataclasses.replace(options, reward_weights=weights)
+        )
+        metrics |= reward_metrics(jnp.asarray(table, jnp.float32), names)
+        metrics |= completion_metrics(jnp.asarray(lengths), jnp.asarray(stopped))
+        for part in sorted({name for row in parts for name in row if name != "reward"}):
+            metrics[f"rewards/{part}/mean"] = np.nanmean([row.get(part, np.nan) for row in parts])
+        lap("reward")
+
+        counted = np.arange(rows.shape[1]) < lengths[:, None]
+        if options.mask_truncated_completions:
+            counted &= stopped[:, None]
+        b = len(batch.records)
+        completions = Completions(
+            tokens=samples.tokens,
+            lengths=samples.lengths,
+            weights=shard_batch(counted.reshape(b, g, -1).astype(np.float32), run.mesh),
+        )
+        advantages = np.asarray(advantages)
+        rollout = Rollout(
+            prompts=prompts,
+            completions=completions,
+            advantages=shard_batch(advantages.reshape(b, g), run.mesh),
+            vision_tokens=vision_tokens,
+            # the weights that sampled are the weights at the start of the update: no pass for old log-probabilities
+            old_logps=samples.logps if self.updates > 1 else None,
+            ref_logps=self.reference_logps(run, prompts, completions, vision_tokens),
+            sampling_logps=samples.logps,
+        )
+        lap("score")
+        return Drawn(rollout, texts, records, table, advantages, parts, metrics), seconds
+
+    def sampling(self, run: Run):
+        return self.config.rollout.sampling(tuple(sorted(set(run.model.cfg.vision_token_ids))))
+
+    @property
+    def updates(self) -> int:
+        return self.config.rollout.num_iterations * self.config.rollout.steps_per_generation
+
+    def reference_logps(self, run: Run, prompts, completions, vision_tokens):
+        """Log-probabilities under the reference; no pass when no KL term reads them."""
+        if self.options.beta == 0:
+            return None
+        if run.state.reference is None:  # adapters: the model without them
+            params = {name: value for name, value in run.state.params.items() if name != "lora"}
+        else:
+            _, frozen = split(run.state.params, self.config.trainable)
+            params = join(run.state.reference, frozen)
+        logps, _ = score_jit(params, run.model.cfg, prompts, completions, self.sampling(run), vision_tokens)
+        return logps
+
+    def update(self, run: Run, rollout: Rollout) -> dict[str, Any]:
+        """`num_iterations` passes of `steps_per_generation` updates; metrics are means over them."""
+        options, cuts = self.options, self.config.rollout.steps_per_generation
+        seen = []
+        for _ in range(self.config.rollout.num_iterations):
+            for cut in range(cuts):
+                part = rollout if cuts == 1 else jax.tree.map(lambda x, cut=cut: x[cut::cuts], rollout)
+                coefficient = None
+                if options.use_adaptive_entropy:
+                    coefficient = applied_entropy_coef(self.entropy_coef, self.entropy, options.entropy_target)
+                run.state, metrics = grpo_step(
+                    run.state, part, coefficient, update=run.update, options=options, sampling=self.sampling(run)
+                )
+                seen.append(metrics)
+                if options.use_adaptive_entropy:
+                    self.entropy = metrics["entropy_kept"]
+                    bounds = (options.entropy_coef_delta, options.entropy_coef_min, options.entropy_coef_max)
+                    self.entropy_coef = adaptive_entropy_coef(
+                        self.entropy_coef, self.entropy, options.entropy_target, *bounds
+                    )
+                self.sync(run)
+        return seen[0] if len(seen) == 1 else jax.tree.map(lambda *x: jnp.mean(jnp.stack(x)), *seen)
+
+    def sync(self, run: Run) -> None:
+        """Moves the reference towards the policy every `ref_model_sync_steps` updates."""
+        options = self.options
+        if options.sync_ref_model and run.state.reference is not None:
+            if int(run.state.step) % options.ref_model_sync_steps == 0:
+                train, _ = split(run.state.params, self.config.trainable)
+                reference = sync_reference(train, run.state.reference, options.ref_model_mixup_alpha)
+                run.state = run.state.replace(reference=reference)
+
+    def get_state(self) -> dict[str, float]:
+        """What an update reads besides `TrainState`: JSON, for the checkpoint."""
+        return {"entropy_coef": float(self.entropy_coef), "entropy": min(float(self.entropy), 1e30)}
+
+    def set_state(self, state: dict[str, float]) -> None:
+        self.entropy_coef, self.entropy = jnp.asarray(state["entropy_coef"]), jnp.asarray(state["entropy"])
+
+    def close(self) -> None:
+        self.rewards.close()

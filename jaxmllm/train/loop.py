@@ -1,0 +1,186 @@
+"""The training loop: evaluate, update until done, evaluate, export. Reads top to bottom like the experiment."""
+
+import contextlib
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmllm.errors import InputError
+from jaxmllm.eval import harness
+from jaxmllm.model import hf, lora
+from jaxmllm.runfiles import claim
+from jaxmllm.train.checkpoint import Checkpoints
+from jaxmllm.train.config import TrainConfig
+from jaxmllm.train.grpo import GRPO
+from jaxmllm.train.metrics import MetricsWriter, record_start
+from jaxmllm.train.setup import Run, build, eval_sources, generator, host_scalars
+from jaxmllm.train.warmup import HEADS
+
+log = logging.getLogger(__name__)
+# may differ when a run goes on: they do not enter the numbers of an update
+FREE_FIELDS = ("max_seconds", "output_dir", "logging_steps", "save_steps", "save_total_limit", "export", "data.workers")
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, start the same command again
+Progress = Callable[[int, dict[str, float]], None]  # called with (updates done, metrics) at every logged update
+
+
+class Interrupted(Exception):
+    """The run was told to stop and has saved itself."""
+
+
+@contextlib.contextmanager
+def stop_flag() -> Iterator[list[str]]:
+    """A list that names the signal once SIGINT or SIGTERM arrived; a second one acts as usual."""
+    received: list[str] = []
+
+    def note(number, _):
+        received.append(signal.Signals(number).name)
+        for one, old in previous.items():
+            signal.signal(one, old)
+
+    previous = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
+        previous = {one: signal.signal(one, note) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for one, old in previous.items():
+            signal.signal(one, old)
+
+
+def train(config: TrainConfig, progress: Progress | None = None) -> Path:
+    """Runs, or goes on with, the run of `config`; returns the run folder.
+
+    Raises InputError before anything is compiled when the config, data, model or run folder does not fit, and while running
+    for a failed reward, a bad record or too many non-finite updates. Raises Interrupted after SIGINT or SIGTERM, saved.
+    """
+    config.validate()
+    sources = eval_sources(config)
+    run = build(config)
+    claim(config.run_dir, config, FREE_FIELDS)
+    checkpoints = Checkpoints(
+        config.run_dir / "checkpoints", keep=config.save_total_limit, best_metric=config.metric_for_best_model
+    )
+    trained_seconds, resumed = 0.0, checkpoints.restore(run.state)
+    if resumed is not None:
+        run.state, data = resumed
+        run.batches.set_state(data["batches"])
+        run.step.set_state(data["step"])
+        trained_seconds = data["seconds"]
+    start = int(run.state.step)
+    record_start(config.run_dir, config.seed, jax.devices())
+    writer = MetricsWriter(
+        config.run_dir,
+        resume_step=start if resumed is not None else None,
+        completions_steps=config.completions_steps,
+        enabled=jax.process_index() == 0,
+        config=config,
+    )
+    seen_tokens, failed, best = 0.0, 0, {}
+    began = time.monotonic() - trained_seconds
+
+    def save(metrics: dict[str, float] | None = None) -> None:
+        data = {
+            "batches": run.batches.get_state(),
+            "step": run.step.get_state(),
+            "seconds": time.monotonic() - began,
+        }
+        checkpoints.save(run.state, data, metrics)
+
+    with writer, contextlib.closing(checkpoints), contextlib.closing(run.batches), contextlib.closing(run.step):
+        with stop_flag() as stop:
+            if sources:
+                evaluate(run, sources, "before")
+            step = start
+            while step < config.max_steps and not stop:
+                if config.max_seconds and time.monotonic() - began > config.max_seconds:
+                    break
+                clock = time.perf_counter()
+                batch = next(run.batches)
+                waited = time.perf_counter() - clock
+                metrics = run.step(run, batch)
+                step = int(run.state.step)
+                if step % config.logging_steps == 0 or step >= config.max_steps:
+                    metrics = host_scalars(metrics)
+                    seen_tokens += metrics.get("num_tokens", 0.0)
+                    metrics |= {"step_time": time.perf_counter() - clock, "seconds/data": waited}
+                    metrics["seconds/left"] = (time.monotonic() - began) / max(1, step) * (config.max_steps - step)
+                    writer.log(step, metrics)
+                    failed = failed + 1 if metrics.get("nonfinite") else 0
+                    if failed >= config.optim.max_nonfinite_steps:
+                        np.savez(config.run_dir / f"nonfinite_{step}.npz", *map(np.asarray, jax.tree.leaves(batch.prompts)))
+                        raise InputError(
+                            f"{failed} updates in a row had a NaN or infinite gradient and were skipped; the last batch is "
+                            f"in {config.run_dir}/nonfinite_{step}.npz. Lower optim.learning_rate or look at the data"
+                        )
+                    if progress is not None:
+                        progress(step, metrics)
+                if isinstance(run.step, GRPO):
+                    log_completions(writer, step, run.step)
+                if config.eval_steps and step % config.eval_steps == 0 and step < config.max_steps:
+                    found = evaluate(run, sources, f"step_{step:06d}")
+                    writer.log(step, {f"eval_{name}": value for name, value in found.items()})
+                    best = found
+                    save(best)
+                elif step % config.save_steps == 0:
+                    save()
+            save()
+        if stop:
+            checkpoints.wait()
+            raise Interrupted(f"{stop[0]}: saved update {step}; start the same command again to go on")
+        if sources:
+            evaluate(run, sources, "after")
+    if config.export:
+        export(run, config.run_dir / "export")
+    return config.run_dir
+
+
+def evaluate(run: Run, sources: dict[str, Any], name: str) -> dict[str, float]:
+    """Greedy evaluation on every source, into run_dir/eval/<name>; goes on with what the folder holds."""
+    config = run.config
+    found = harness.evaluate(
+        generator(run),
+        sources,
+        out_dir=config.run_dir / "eval" / name,
+        batch_size=max(32, config.batch_size),
+        limit=config.data.eval_samples,
+        options=run.asking.options,
+        config={"run": str(config.run_dir), "step": int(run.state.step)},
+        save_pictures=config.save_pictures,
+    )
+    log.info("evaluation %s: %s", name, found.flat())
+    return found.flat()
+
+
+def log_completions(writer: MetricsWriter, step: int, grpo: GRPO) -> None:
+    drawn = grpo.last
+    if drawn is None:
+        return
+    rewards = {name: drawn.rewards[:, k].tolist() for k, name in enumerate(grpo.rewards.names)}
+    parts = sorted({name for row in drawn.parts for name in row} - {"reward"})
+    rewards |= {name: [row.get(name, math.nan) for row in drawn.parts] for name in parts}
+    writer.log_completions(
+        step,
+        [str(record.get("expression") or record.get("label") or record["id"]) for record in drawn.records],
+        drawn.texts,
+        rewards,
+        drawn.advantages.tolist(),
+        [record["images"][0] if record.get("images") else None for record in drawn.records],
+    )
+
+
+def export(run: Run, folder: Path) -> None:
+    """The trained model as a Hugging Face folder; adapters are also saved on their own, then merged."""
+    params = {name: value for name, value in run.state.params.items() if name != HEADS}
+    if run.config.lora is not None:
+        lora.save(params, run.config.lora, folder.with_name("adapter"), base_model=run.config.model)
+        params = jax.jit(lora.merge)(params)
+    params = jax.tree.map(jnp.asarray, params)
+    hf.save_params(params, run.model.cfg, folder, source=run.model.folder)

@@ -1,0 +1,195 @@
+"""What a run is made of: model on the mesh, optimiser, data, checkpoints, all from one config."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxmllm import api
+from jaxmllm.config import load_model_config
+from jaxmllm.data.chat import Processor
+from jaxmllm.data.examples import Asking
+from jaxmllm.data.pipeline import agree_with_all, rl_batches, sft_batches
+from jaxmllm.data.sources import RecordSource, open_source
+from jaxmllm.errors import InputError
+from jaxmllm.eval.harness import Generate
+from jaxmllm.mesh import make_mesh, param_shardings
+from jaxmllm.model import lora
+from jaxmllm.train.config import TrainConfig
+from jaxmllm.train.grpo import GRPO
+from jaxmllm.train.optim import make_optimizer, split
+from jaxmllm.train.step import Update
+from jaxmllm.train.supervised import Supervised, first_coordinate
+from jaxmllm.train.warmup import HEADS, Warmup, init_heads, warmup_batches
+from jaxmllm.types import TrainState
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything the loop needs; `state` is replaced at every update."""
+
+    config: TrainConfig
+    mesh: Mesh
+    model: api.Model  # its params are the initial ones; the loop's are in `state`
+    state: TrainState
+    update: Update
+    batches: Any  # iterator with get_state, set_state and close
+    asking: Asking
+    step: GRPO | Supervised | Warmup  # (run, batch) -> metrics; replaces `state`
+
+    @property
+    def frozen_tower(self) -> bool:
+        train, _ = split(self.state.params, self.config.trainable)
+        return "vision" not in train and "vision" not in train.get("lora", {})
+
+
+def build_mesh(config: TrainConfig) -> Mesh:
+    return make_mesh(**dataclasses.asdict(config.mesh))
+
+
+def load_model(config: TrainConfig, mesh: Mesh) -> api.Model:
+    """The configured checkpoint, or its architecture with random weights, on the mesh."""
+    data = config.data
+    shape = dict(remat=config.remat, unroll=config.unroll)
+    limits = dict(min_pixels=data.min_pixels, max_pixels=data.max_pixels, max_prompt_length=data.max_prompt_length)
+    if not config.from_scratch:
+        model = api.load(config.model, mesh=mesh, dtype=config.param_dtype, **limits, **shape)
+        model.cfg = dataclasses.replace(model.cfg, dtype=config.dtype)
+        return model
+    folder = api.resolve(config.model)
+    cfg = dataclasses.replace(load_model_config(folder), dtype=config.dtype, **shape)
+    params = api.init_params(cfg, config.seed, mesh)
+    return api.Model(params, cfg, Processor.from_pretrained(folder, cfg, **limits), mesh, folder)
+
+
+def eval_sources(config: TrainConfig) -> dict[str, RecordSource]:
+    """The evaluation sources by name: their spec without options, numbered when it repeats."""
+    found: dict[str, RecordSource] = {}
+    for spec in config.data.eval:
+        name = spec.partition("?")[0]
+        name = name if name not in found else f"{name} ({len(found)})"
+        found[name] = open_source(spec)
+    return found
+
+
+def generator(run: Run) -> Generate:
+    """Greedy answers of the current policy to records, for the evaluation harness."""
+
+    def generate(records: list[Mapping[str, Any]]) -> list[str]:
+        model = dataclasses.replace(run.model, params=run.state.params)
+        answers = api.generate(
+            model,
+            [run.asking.conversation(record) for record in records],
+            max_new_tokens=run.config.grpo.max_completion_length or 512,
+            temperature=0.0,
+            batch_size=max(len(records), 1),
+        )
+        return [group[0].text for group in answers]
+
+    return generate
+
+
+def _new_state(config: TrainConfig, model: api.Model, mesh: Mesh) -> tuple[TrainState, Update]:
+    tx = make_optimizer(config.optim, config.max_steps)
+    params = model.params
+    if config.lora is not None:
+        params = lora.add(jax.random.fold_in(jax.random.key(config.seed), 1), params, config.lora)
+    if config.method == "vision_warmup":
+        width, largest = model.cfg.vision.out_hidden_size, _largest_side(config)
+        params = params | {HEADS: init_heads(jax.random.key(config.seed), width, largest)}
+    params = jax.device_put(params, param_shardings(params, mesh))
+    train, _ = split(params, config.trainable)
+    # moments lie where their parameter lies: zeros_like under jit keeps the sharding
+    shapes = jax.eval_shape(tx.init, train)
+    whole = NamedSharding(mesh, PartitionSpec())
+    by_shape = jax.tree.map(lambda x: x.sharding, train)
+    shardings = _optimiser_shardings(shapes, train, by_shape, whole)
+    opt_state = jax.jit(tx.init, out_shardings=shardings)(train)
+    # with adapters the reference is the model without them
+    needs_reference = config.method == "grpo" and config.grpo.beta > 0 and config.lora is None
+    reference = jax.tree.map(jnp.copy, train) if needs_reference else None
+    step = jax.device_put(jnp.zeros((), jnp.int32), whole)
+    update = Update(model.cfg, tx, config.trainable, config.optim.gradient_accumulation_steps)
+    return TrainState(step, params, opt_state, reference), update
+
+
+def _optimiser_shardings(shapes: Any, train: Any, shardings: Any, whole: NamedSharding) -> Any:
+    """Any subtree of the optimiser's state with the parameters' structure gets the parameters' shardings."""
+    structure = jax.tree.structure(train)
+
+    def is_params(node: Any) -> bool:
+        return jax.tree.structure(node) == structure
+
+    return jax.tree.map(
+        lambda node: shardings if is_params(node) else jax.tree.map(lambda _: whole, node), shapes, is_leaf=is_params
+    )
+
+
+def _world_sources(config: TrainConfig) -> list[Any]:
+    sources = [open_source(spec) for spec in config.data.train]
+    if any(not hasattr(source, "grid_targets") for source in sources):
+        raise InputError(f"data.train = {config.data.train}: a vision warm-up needs sources of the world")
+    return sources
+
+
+def _largest_side(config: TrainConfig) -> int:
+    return max(max(source.spec.size) for source in _world_sources(config))
+
+
+def build(config: TrainConfig) -> Run:
+    """Loads, shards and opens everything. Raises InputError before anything is compiled or written."""
+    config.validate()
+    mesh = build_mesh(config)
+    data = config.data
+    asking = Asking({"style": data.style, "thinking": data.thinking})
+    source = None if config.method == "vision_warmup" else _mixture(config)
+    model = load_model(config, mesh)
+    state, update = _new_state(config, model, mesh)
+    common = dict(
+        max_bad_records=data.max_bad_records,
+        threads=data.workers,
+        process=(jax.process_index(), jax.process_count()),
+        agree=agree_with_all if jax.process_count() > 1 else None,
+    )
+    batches: Any
+    step: GRPO | Supervised | Warmup
+    if config.method == "grpo":
+        batches = rl_batches(
+            source, model.processor, config.batch_size, model.buckets, config.seed, asking=asking, **common
+        )
+        step = GRPO(config)
+    elif config.method == "sft":
+        batches = sft_batches(
+            source,
+            model.processor,
+            config.batch_size,
+            model.buckets,
+            config.seed,
+            asking=asking,
+            questions=data.questions_per_image,
+            weigh=first_coordinate(model.tokenizer, data.first_coordinate_weight),
+            **common,
+        )
+        step = Supervised(config)
+    else:
+        sources = _world_sources(config)
+        pixels = model.processor.pixel_config
+        batches, token_index = warmup_batches(sources, pixels, config.batch_size, config.seed, data.workers)
+        step = Warmup(sources, model.tokenizer, token_index)
+    return Run(config, mesh, model, state, update, batches, asking, step)
+
+
+def _mixture(config: TrainConfig) -> RecordSource:
+    specs = list(config.data.train)
+    if config.data.weights:
+        specs = [f"{s}{'&' if '?' in s else '?'}weight={w}" for s, w in zip(specs, config.data.weights, strict=True)]
+    return open_source(specs if len(specs) > 1 else specs[0])
+
+
+def host_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics as floats, fetched together."""
+    return {name: float(np.asarray(value)) for name, value in jax.device_get(dict(metrics)).items()}
