@@ -18,6 +18,7 @@ from jaxmllm.losses.masked import (
     masked_min,
     masked_quantile,
     masked_sum,
+    mean_over,
     safe_exp,
     zero_masked,
 )
@@ -135,16 +136,18 @@ def mask_truncated(mask: Mask, truncated: Bool[Array, "B"]) -> Mask:
 
 
 def sampling_metrics(
-    old_logps: Float[Array, "B T"], sampling_logps: Float[Array, "B T"], mask: Mask, weights: Float[Array, "B *T"]
+    old_logps: Float[Array, "B T"],
+    sampling_logps: Float[Array, "B T"],
+    mask: Mask,
+    weights: Float[Array, "B *T"],
+    per_row: bool,
 ) -> Metrics:
-    """TRL's `sampling/...`: the log-probability gap on counted tokens, and the weights on counted tokens or rows.
+    """TRL's `sampling/...`: the log-probability gap on counted tokens, the weights on those or, `per_row`, on rows.
 
     `sampling/raw_importance_sampling_ratio/...` is the ratio before the interval rule: bounded numbers hide the drift.
     """
-    per_row = weights.shape != mask.shape
-    raw = importance_sampling_weights(
-        old_logps, sampling_logps, mask, "sequence_truncate" if per_row else "token_truncate", None, None
-    )
+    mode = "sequence_truncate" if per_row else "token_truncate"
+    raw = importance_sampling_weights(old_logps, sampling_logps, mask, mode, None, None)
     counted = (masked_count(mask, axis=1, keepdims=True) > 0) if per_row else mask
     gap = jnp.abs(_gap(old_logps, sampling_logps, mask))
     metrics = {
@@ -152,8 +155,9 @@ def sampling_metrics(
         "sampling/sampling_logp_difference/max": masked_max(gap, mask),
     }
     for name, ratio in (("importance_sampling_ratio", weights), ("raw_importance_sampling_ratio", raw)):
-        for kind, reduce in (("min", masked_min), ("mean", masked_mean), ("max", masked_max)):
-            metrics[f"sampling/{name}/{kind}"] = reduce(ratio, counted)
+        metrics[f"sampling/{name}/min"] = masked_min(ratio, counted)
+        metrics[f"sampling/{name}/mean"] = mean_over(ratio, mask, per_row)
+        metrics[f"sampling/{name}/max"] = masked_max(ratio, counted)
     return metrics
 
 

@@ -191,7 +191,7 @@ def _contradictions(options: GRPOOptions) -> list[str]:
     low, high = options.importance_sampling_clip_min, options.importance_sampling_clip_max
     if not (0 if low is None else low) <= 1 <= (1 if high is None else high):
         problems.append(
-            f"importance_sampling_clip_min={low}, importance_sampling_clip_max={high}: the interval must hold 1, "
+            f"importance_sampling_clip_max={high} and importance_sampling_clip_min={low} must enclose 1, "
             "the weight of text that the policy itself wrote"
         )
     if options.importance_sampling_mode.endswith("_truncate") and low is None and high is None:

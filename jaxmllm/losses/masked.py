@@ -47,6 +47,11 @@ def masked_mean(
     return jnp.sum(values * mask, axis=axis, keepdims=keepdims) / jnp.where(total > 0, total, 1)
 
 
+def mean_over(x: Shaped[Array, "..."], mask: Shaped[Array, "B T"], per_row: bool) -> Float[Array, ""]:
+    """Mean of `[B, 1]` over all rows if `per_row`, else of `[B, T]` over counted tokens (the shapes agree at T = 1)."""
+    return jnp.mean(x.astype(accumulator_dtype(x))) if per_row else masked_mean(x, mask)
+
+
 def masked_std(
     x: Shaped[Array, "..."],
     mask: Shaped[Array, "..."],

@@ -21,7 +21,16 @@ from jaxmllm.losses.correction import (
     sampling_metrics,
 )
 from jaxmllm.losses.grpo_options import PUBLISHED, GRPOOptions
-from jaxmllm.losses.masked import masked_count, masked_max, masked_mean, masked_min, masked_sum, safe_exp, zero_masked
+from jaxmllm.losses.masked import (
+    masked_count,
+    masked_max,
+    masked_mean,
+    masked_min,
+    masked_sum,
+    mean_over,
+    safe_exp,
+    zero_masked,
+)
 from jaxmllm.losses.surrogates import (
     RATIO_LEVELS,
     Mask,
@@ -34,7 +43,6 @@ from jaxmllm.losses.surrogates import (
     clipped_surrogate,
     gmpo_coefficients,
     kl_estimate,
-    mean_over,
     sapo,
     vespo_phi,
 )
@@ -291,7 +299,7 @@ def _rollout_weights(
                 options.importance_sampling_clip_min,
                 options.importance_sampling_clip_max,
             )
-            metrics = sampling_metrics(old, smp, mask, weights)
+            metrics = sampling_metrics(old, smp, mask, weights, WEIGHT_MODES[options.importance_sampling_mode][0])
         metrics |= {f"rollout_corr/{name}": value for name, value in rollout_diagnostics(old, smp, mask).items()}
     if weights is None:
         return None, metrics

@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxmllm.losses.masked import masked_count, masked_max, masked_mean, masked_min, masked_sum, safe_exp, zero_masked
+from jaxmllm.losses.masked import (
+    masked_count,
+    masked_max,
+    masked_mean,
+    masked_min,
+    masked_sum,
+    mean_over,
+    safe_exp,
+    zero_masked,
+)
 
 Metrics = dict[str, Float[Array, ""]]
 Mask = Shaped[Array, "B T"]
@@ -164,11 +173,6 @@ def gmpo_coefficients(
 
 
 # --- metrics of the clip -------------------------------------------------------------------------------------------
-
-
-def mean_over(x: RowsOrTokens, mask: Mask, per_row: bool) -> Float[Array, ""]:
-    """Mean over rows of a row array, over counted tokens otherwise (a flag: at T = 1 the shapes do not tell)."""
-    return jnp.mean(x) if per_row else masked_mean(x, mask)
 
 
 def clip_fractions(
