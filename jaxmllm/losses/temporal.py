@@ -139,7 +139,7 @@ def tpl_filter(
 
 
 def activation(
-    mass: Float[Array, "*B F"], frame_mask: Shaped[Array, "*B F"] | None = None, rho: float = 0.5
+    mass: Float[Array, "*B F"], frame_mask: Shaped[Array, "*B F"] | None = None, rho: float | Float[Array, ""] = 0.5
 ) -> dict[str, Float[Array, "..."]]:
     """How many frames carry the weight (sheet utr.md 2.5).
 
@@ -169,7 +169,7 @@ def attention_to_keys(
 def frame_activation(
     attn: Float[Array, "*B L N Q S"],
     spans: Int[Array, "*B F 2"],
-    rho: float = 0.5,
+    rho: float | Float[Array, ""] = 0.5,
     query_mask: Shaped[Array, "*B Q"] | None = None,
 ) -> dict[str, Float[Array, "..."]]:
     """`activation` of the frames whose tokens stand at keys spans[f, 0] <= s < spans[f, 1]; other keys are ignored.

@@ -68,7 +68,7 @@ def _scaled(weight: Array, value: Array) -> Array:
     return weight * jnp.where(weight != 0, value, 0)
 
 
-def _weighted_terms(logp: Array, log1mp: Array, sigma: Array, unlikelihood: Array, eps: float) -> Array:
+def _weighted_terms(logp: Array, log1mp: Array, sigma: Array, unlikelihood: Array, eps: float | Array) -> Array:
     """-[sigma log p + unlikelihood log max(1 - p, eps)]; a floored entry has no unlikelihood gradient."""
     floor = jnp.log(jnp.asarray(eps, log1mp.dtype))
     return -(_scaled(sigma, logp) + _scaled(unlikelihood, jnp.where(log1mp > floor, log1mp, floor)))
@@ -79,11 +79,11 @@ def reflective_unlikelihood_sums(
     turn_id: Int[Array, "*B S"],
     sigma: Float[Array, "*B T"],
     *,
-    alpha: float = 10.0,
+    alpha: float | Float[Array, ""] = 10.0,
     reduction: Reduction = "dialogue",
     level: Level = "token",
     ul_mask: Shaped[Array, "*B S"] | None = None,
-    eps: float = 1e-5,
+    eps: float | Float[Array, ""] = 1e-5,
     log1mps: Float[Array, "*B S"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Numerator and denominator of `reflective_unlikelihood`.
@@ -125,11 +125,11 @@ def reflective_unlikelihood(
     turn_id: Int[Array, "*B S"],
     sigma: Float[Array, "*B T"],
     *,
-    alpha: float = 10.0,
+    alpha: float | Float[Array, ""] = 10.0,
     reduction: Reduction = "dialogue",
     level: Level = "token",
     ul_mask: Shaped[Array, "*B S"] | None = None,
-    eps: float = 1e-5,
+    eps: float | Float[Array, ""] = 1e-5,
     log1mps: Float[Array, "*B S"] | None = None,
 ) -> Float[Array, ""]:
     """Reflective unlikelihood loss from token log-probabilities (sheet reper.md 4.2).
@@ -162,11 +162,11 @@ def reper_loss(
     targets: Int[Array, "*B S"],
     turn_id: Int[Array, "*B S"],
     sigma: Float[Array, "*B T"],
-    alpha: float = 10.0,
+    alpha: float | Float[Array, ""] = 10.0,
     reduction: Reduction = "dialogue",
     level: Level = "token",
     ul_mask: Shaped[Array, "*B S"] | None = None,
-    eps: float = 1e-5,
+    eps: float | Float[Array, ""] = 1e-5,
 ) -> Float[Array, ""]:
     """`reflective_unlikelihood` from logits; position s predicts targets[s] (sheet reper.md 4.2)."""
     logps, log1mps = target_logps(logits, targets, turn_id > 0)
@@ -183,7 +183,7 @@ def reper_logit_grad(logits: Float[Array, "*B S V"], *args, **kwargs) -> Float[A
 def normalize_rewards(
     r: Float[Array, "*B T"],
     mode: Literal["source_max", "dialogue_max"],
-    r_max: float | None = None,
+    r_max: float | Float[Array, ""] | None = None,
 ) -> Float[Array, "*B T"]:
     """Rewards of each dialogue's answers as sigma (sheet reper.md 4.2 and gap G2).
 
