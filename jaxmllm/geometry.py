@@ -17,7 +17,7 @@ that is not finite is *invalid*: its area and every IoU with it are 0, its GIoU 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -33,6 +33,9 @@ class FrameError(ValueError):
     """Two coordinates of different frames or images were mixed, or a conversion lacks the image size."""
 
 
+C = TypeVar("C", bound="_Coordinates")
+
+
 def _wh(value: Sequence[float] | None, name: str) -> tuple[float, float] | None:
     if value is None:
         return None
@@ -42,40 +45,45 @@ def _wh(value: Sequence[float] | None, name: str) -> tuple[float, float] | None:
     return pair
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class _Coordinates:
     """Arrays of (x, y) pairs along the last axis, with the frame they are measured in."""
 
     array: Float[np.ndarray, "*N D"]  # float64; D = 4 for boxes, 2 for points
     frame: str  # one of FRAMES
-    size: tuple[float, float] | None = None  # (W, H) of the original image, pixels
-    resized: tuple[float, float] | None = None  # (w, h) of the image the model sees; `size` when left out
+    size: tuple[float, float] | None  # (W, H) of the original image, pixels
+    resized: tuple[float, float] | None  # (w, h) of the image the model sees; `size` when left out
 
     _width = 0  # length of the last axis, set by the subclass
 
-    def __post_init__(self):
-        if self.frame not in FRAMES:
-            raise ValueError(f"unknown frame {self.frame!r}; use one of {FRAMES}")
-        array = np.asarray(self.array, dtype=np.float64)
-        if array.size == 0:
-            array = array.reshape(*array.shape[:-1], self._width) if array.ndim > 1 else array.reshape(0, self._width)
-        if array.ndim == 0 or array.shape[-1] != self._width:
-            raise ValueError(f"{type(self).__name__} needs a last axis of {self._width}, got shape {array.shape}")
-        size = _wh(self.size, "size")
-        resized = _wh(self.resized, "resized")
-        object.__setattr__(self, "array", array)
-        object.__setattr__(self, "size", size)
-        object.__setattr__(self, "resized", resized if resized is not None else size)
+    def __init__(
+        self,
+        array: ArrayLike,
+        frame: str,
+        size: Sequence[float] | None = None,
+        resized: Sequence[float] | None = None,
+    ):
+        if frame not in FRAMES:
+            raise ValueError(f"unknown frame {frame!r}; use one of {FRAMES}")
+        values = np.asarray(array, dtype=np.float64)
+        if values.size == 0:  # an empty list has no last axis yet
+            values = values.reshape(*(values.shape[:-1] if values.ndim > 1 else (0,)), self._width)
+        if values.ndim == 0 or values.shape[-1] != self._width:
+            raise ValueError(f"{type(self).__name__} needs a last axis of {self._width}, got shape {values.shape}")
+        object.__setattr__(self, "array", values)
+        object.__setattr__(self, "frame", frame)
+        object.__setattr__(self, "size", _wh(size, "size"))
+        object.__setattr__(self, "resized", _wh(size if resized is None else resized, "resized"))
 
     @classmethod
-    def of(cls, record: Mapping[str, Any], array: ArrayLike, frame: str = "pixel") -> Self:
+    def of(cls: type[C], record: Mapping[str, Any], array: ArrayLike, frame: str = "pixel") -> C:
         """Coordinates of `record`, taking `size` and `resized` from it (`resized` = `size` when absent)."""
         return cls(array, frame, record.get("size"), record.get("resized"))
 
     def __len__(self) -> int:
         return len(self.array)
 
-    def __getitem__(self, index) -> Self:
+    def __getitem__(self: C, index: Any) -> C:
         return replace(self, array=self.array[index])
 
     def extent(self, frame: str | None = None) -> tuple[float, float]:
@@ -94,18 +102,17 @@ class _Coordinates:
             raise FrameError(f"the {frame!r} frame needs the image's {'size' if frame == 'pixel' else 'resized size'}")
         return wh
 
-    def to(self, frame: str) -> Self:
-        """The same places in another frame; exact scaling per axis, no rounding.
+    def to(self: C, frame: str) -> C:
+        """The same places in another frame; scaling per axis, no rounding to whole numbers.
 
         Raises:
             FrameError: an image size needed for the conversion is unknown.
         """
         if frame == self.frame:
             return self
-        source, target = np.array(self.extent()), np.array(self.extent(frame))
-        repeats = self._width // 2
-        with np.errstate(over="ignore"):
-            array = self.array / np.tile(source, repeats) * np.tile(target, repeats)
+        source, target = (np.tile(self.extent(f), self._width // 2) for f in (self.frame, frame))
+        with np.errstate(over="ignore"):  # equal extents keep every bit, so that a threshold on IoU falls alike
+            array = np.where(source == target, self.array, self.array * target / source)
         return replace(self, array=array, frame=frame)
 
     def check_same(self, other: "_Coordinates") -> None:
@@ -119,7 +126,7 @@ class _Coordinates:
             if mine is not None and theirs is not None and mine != theirs:
                 raise FrameError(f"cannot compare coordinates of images with {name} {mine} and {theirs}")
 
-    def clip(self) -> Self:
+    def clip(self: C) -> C:
         """Coordinates clipped to the image."""
         return replace(self, array=np.clip(self.array, 0.0, np.tile(self.extent(), self._width // 2)))
 
@@ -128,7 +135,7 @@ class _Coordinates:
         return self.array.tolist()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Boxes(_Coordinates):
     """Boxes [x1, y1, x2, y2], shape [*N, 4], in one frame of one image.
 
@@ -176,7 +183,7 @@ class Boxes(_Coordinates):
         return match_iou(self.pairwise_iou(other), threshold)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Points(_Coordinates):
     """Points [x, y], shape [*N, 2], in one frame of one image."""
 
@@ -190,7 +197,7 @@ class Points(_Coordinates):
         """Euclidean distances row by row, in the frame's unit. Raises FrameError on mixed frames."""
         self.check_same(other)
         with np.errstate(over="ignore", invalid="ignore"):
-            return np.linalg.norm(self.array - other.array, axis=-1)
+            return np.asarray(np.linalg.norm(self.array - other.array, axis=-1))
 
     def pairwise_distance(self, other: "Points") -> Float[np.ndarray, "P G"]:
         """Euclidean distance of every pair, in the frame's unit. Raises FrameError on mixed frames."""
@@ -201,7 +208,7 @@ class Points(_Coordinates):
         """Whether each point lies in its box, border included. Raises FrameError on mixed frames."""
         self.check_same(boxes)
         low, high = boxes.array[..., :2], boxes.array[..., 2:]
-        return ((self.array >= low) & (self.array <= high)).all(-1)
+        return np.asarray(((self.array >= low) & (self.array <= high)).all(-1))
 
 
 def _array(values: ArrayLike, width: int) -> np.ndarray:
@@ -213,7 +220,7 @@ def _array(values: ArrayLike, width: int) -> np.ndarray:
 def box_valid(boxes: ArrayLike) -> Bool[np.ndarray, "*N"]:
     """x2 > x1, y2 > y1 and all four finite, for boxes [*N, 4]."""
     b = _array(boxes, 4)
-    return np.isfinite(b).all(-1) & (b[..., 2] > b[..., 0]) & (b[..., 3] > b[..., 1])
+    return np.asarray(np.isfinite(b).all(-1) & (b[..., 2] > b[..., 0]) & (b[..., 3] > b[..., 1]))
 
 
 def _sides(boxes: np.ndarray) -> np.ndarray:
@@ -225,7 +232,7 @@ def _sides(boxes: np.ndarray) -> np.ndarray:
 def box_area(boxes: ArrayLike) -> Float[np.ndarray, "*N"]:
     """Areas of boxes [*N, 4]; 0 where invalid."""
     with np.errstate(over="ignore"):
-        return _sides(_array(boxes, 4)).prod(-1)
+        return np.asarray(_sides(_array(boxes, 4)).prod(-1))
 
 
 def box_center(boxes: ArrayLike) -> Float[np.ndarray, "*N 2"]:
@@ -243,10 +250,10 @@ def box_intersection(a: ArrayLike, b: ArrayLike) -> Float[np.ndarray, "*N"]:
     return np.where(box_valid(a) & box_valid(b), inter, 0.0)
 
 
-def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+def _ratio(top: ArrayLike, bottom: ArrayLike) -> np.ndarray:
     """top / bottom, 0 where bottom is 0 or overflowed."""
     good = np.isfinite(bottom) & (bottom > 0)
-    return np.where(good, top, 0.0) / np.where(good, bottom, 1.0)
+    return np.asarray(np.where(good, top, 0.0) / np.where(good, bottom, 1.0))
 
 
 def box_iou(a: ArrayLike, b: ArrayLike) -> Float[np.ndarray, "*N"]:
@@ -314,7 +321,7 @@ def match_iou(
 def center_error(pred: ArrayLike, gt: ArrayLike) -> Float[np.ndarray, "*N"]:
     """Distance of box centres, in the unit of the boxes."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.linalg.norm(box_center(pred) - box_center(gt), axis=-1)
+        return np.asarray(np.linalg.norm(box_center(pred) - box_center(gt), axis=-1))
 
 
 def normalized_center_error(pred: ArrayLike, gt: ArrayLike) -> Float[np.ndarray, "*N"]:

@@ -88,6 +88,8 @@ def test_conversions_by_hand():
     np.testing.assert_allclose(box.to("resized").array, [[64.4, 47.6, 322, 476]])
     point = Points([322, 119], "resized", **IMAGE)
     np.testing.assert_allclose(point.to("pixel").array, [320, 120])
+    same = Boxes(np.arange(100.0).reshape(-1, 4), "pixel", (90, 70), (90, 70))
+    np.testing.assert_array_equal(same.to("resized").array, same.array)  # bit for bit: thresholds must not move
     np.testing.assert_allclose(point.to("norm1000").array, [500, 250])
 
 

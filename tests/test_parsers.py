@@ -120,6 +120,7 @@ def test_generated_texts(no_evaluation):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_100_000_generated_texts(no_evaluation):
     fuzz(100_000, seed=2)
 

@@ -127,7 +127,7 @@ def test_released_grounding_reward(text, target, expected):
     assert grounding.released_reward(text, target) == near(expected)
 
 
-@pytest.mark.parametrize("target", ["__import__('os')", "[1, 2, 3]", "[1, 2, 3, NaN]", [1, 2, 3], "", None])
+@pytest.mark.parametrize("target", ["__import__('os')", "[1, 2, 3]", "[1, 2, 3, NaN]", [1, 2, 3], ""])
 def test_bad_grounding_target_is_refused(target):
     with pytest.raises(ValueError, match="four numbers"):
         grounding.released_reward("x", target)

@@ -193,7 +193,7 @@ def token_boxes(text: str, across_lines: bool = False) -> list[str]:
     return contents
 
 
-def write_tokens(segments: Sequence[tuple[str, Int[np.ndarray, "N 4"]]]) -> str:
+def write_tokens(segments: Sequence[tuple[str, Int[np.ndarray, "_ 4"]]]) -> str:
     """Object-ref segments with box tokens, for whole-number boxes on the 0..1000 grid.
 
     Raises:
@@ -281,7 +281,7 @@ def labelled_boxes(body: str, style: str) -> list[Labelled | None] | None:
     return [None if box is None else (box, label) for box, label in boxes]
 
 
-def write_boxes(segments: Sequence[tuple[str, Int[np.ndarray, "N 4"]]], style: str) -> str:
+def write_boxes(segments: Sequence[tuple[str, Int[np.ndarray, "_ 4"]]], style: str) -> str:
     """Whole-number boxes per label, as `style` writes them."""
     if choose(style, STYLES, "style") == "qwen2_vl":
         return write_tokens(segments)

@@ -124,8 +124,8 @@ def parse(text: str, style: str = "qwen2_5_vl", thinking: bool = False, rules: s
     if body is None:
         return None
     if answers.choose(rules, answers.RULES, "rules") == "released":
-        box = released_box(body, lax=True)
-        return Boxes(box, "norm1000" if answers.BOX_START in body else "pixel") if any(box) else None
+        first = released_box(body, lax=True)
+        return Boxes(first, "norm1000" if answers.BOX_START in body else "pixel") if any(first) else None
     box = _token_box(body) if frame == "norm1000" else _json_box(body)
     return None if box is None else Boxes(box, frame)
 
