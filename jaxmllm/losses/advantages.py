@@ -122,6 +122,9 @@ def estimate_advantages(
 
     Metrics and errors as `group_advantages`; an estimator other than `grpo` acts on the weighted sum of the rewards.
     """
+    estimator = options.adv_estimator
+    if estimator != "grpo" and estimator not in ADVANTAGE_ESTIMATORS:
+        raise ValueError(f"adv_estimator={estimator!r}: use grpo or one of {list(ADVANTAGE_ESTIMATORS)}")
     advantages, metrics = group_advantages(
         rewards_per_func,
         options.num_generations,
@@ -129,13 +132,9 @@ def estimate_advantages(
         options.scale_rewards,
         options.multi_objective_aggregation,
     )
-    if options.adv_estimator != "grpo":
-        if options.adv_estimator not in ADVANTAGE_ESTIMATORS:
-            raise ValueError(
-                f"adv_estimator={options.adv_estimator!r}: use grpo or one of {list(ADVANTAGE_ESTIMATORS)}"
-            )
+    if estimator != "grpo":
         rewards = weighted_rewards(rewards_per_func, options.reward_weights)
-        advantages = ADVANTAGE_ESTIMATORS[options.adv_estimator](rewards, options.num_generations)
+        advantages = ADVANTAGE_ESTIMATORS[estimator](rewards, options.num_generations)
     return advantages, metrics
 
 
