@@ -252,6 +252,7 @@ def box_intersection(a: ArrayLike, b: ArrayLike) -> Float[np.ndarray, "*N"]:
 
 def _ratio(top: ArrayLike, bottom: ArrayLike) -> np.ndarray:
     """top / bottom, 0 where bottom is 0 or overflowed."""
+    bottom = np.asarray(bottom)
     good = np.isfinite(bottom) & (bottom > 0)
     return np.asarray(np.where(good, top, 0.0) / np.where(good, bottom, 1.0))
 
