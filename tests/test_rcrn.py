@@ -133,7 +133,7 @@ def test_graphs_are_checked():
 
 
 def satisfiable(candidates, edges, A, root, wildcard=None):
-    """Root boxes with an assignment of boxes to nodes that makes all nodes and edges true (set propagation on a tree)."""
+    """Root boxes with an assignment of boxes to nodes under which everything is true (set propagation on a tree)."""
 
     def boxes(v):
         able = set(np.flatnonzero(candidates[v]))
