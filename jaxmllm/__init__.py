@@ -1,0 +1,36 @@
+"""Post-train vision-language models in JAX.
+
+>>> import jaxmllm
+>>> model = jaxmllm.load("tiny")
+>>> jaxmllm.generate(model, [[{"role": "user", "content": [{"type": "image", "image": "photo.jpg"},
+...     {"type": "text", "text": "Output the bounding box of the red circle in the image."}]}]])
+"""
+
+from importlib import import_module
+from typing import Any
+
+_NAMES = {
+    "load": "api",
+    "generate": "api",
+    "stream": "api",
+    "score": "api",
+    "save": "api",
+    "Model": "api",
+    "Generation": "api",
+    "train": "train.loop",
+    "TrainConfig": "train.config",
+    "evaluate": "eval.harness",
+    "InputError": "errors",
+}
+__all__ = sorted(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: workers that only compute rewards never load JAX."""
+    if name not in _NAMES:
+        raise AttributeError(f"module 'jaxmllm' has no attribute {name!r}")
+    return getattr(import_module(f"jaxmllm.{_NAMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

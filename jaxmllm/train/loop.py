@@ -83,7 +83,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
         enabled=jax.process_index() == 0,
         config=config,
     )
-    seen_tokens, failed, best = 0.0, 0, {}
+    failed, steady = 0, None
     began = time.monotonic() - trained_seconds
 
     def save(metrics: dict[str, float] | None = None) -> None:
@@ -109,13 +109,17 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
                 step = int(run.state.step)
                 if step % config.logging_steps == 0 or step >= config.max_steps:
                     metrics = host_scalars(metrics)
-                    seen_tokens += metrics.get("num_tokens", 0.0)
                     metrics |= {"step_time": time.perf_counter() - clock, "seconds/data": waited}
-                    metrics["seconds/left"] = (time.monotonic() - began) / max(1, step) * (config.max_steps - step)
+                    if steady is not None:  # from the second logged update on: the first one compiles
+                        pace = (time.perf_counter() - steady[1]) / (step - steady[0])
+                        metrics["seconds/left"] = pace * (config.max_steps - step)
+                    steady = steady or (step, time.perf_counter())
                     writer.log(step, metrics)
                     failed = failed + 1 if metrics.get("nonfinite") else 0
                     if failed >= config.optim.max_nonfinite_steps:
-                        np.savez(config.run_dir / f"nonfinite_{step}.npz", *map(np.asarray, jax.tree.leaves(batch.prompts)))
+                        np.savez(
+                            config.run_dir / f"nonfinite_{step}.npz", *map(np.asarray, jax.tree.leaves(batch.prompts))
+                        )
                         raise InputError(
                             f"{failed} updates in a row had a NaN or infinite gradient and were skipped; the last batch is "
                             f"in {config.run_dir}/nonfinite_{step}.npz. Lower optim.learning_rate or look at the data"
@@ -127,8 +131,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
                 if config.eval_steps and step % config.eval_steps == 0 and step < config.max_steps:
                     found = evaluate(run, sources, f"step_{step:06d}")
                     writer.log(step, {f"eval_{name}": value for name, value in found.items()})
-                    best = found
-                    save(best)
+                    save(found)
                 elif step % config.save_steps == 0:
                     save()
             save()

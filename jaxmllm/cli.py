@@ -1,0 +1,302 @@
+"""The `jaxmllm` command. A mistake in the input prints one message; `--debug` adds the traceback."""
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from jaxmllm.errors import InputError
+
+Many = tyro.conf.UseAppendAction
+EXIT_INPUT = 2
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def sample(
+    model: str = "tiny",
+    prompt: str = "Describe this image.",
+    image: Annotated[tuple[Path, ...], Many] = (),
+    video: Annotated[tuple[Path, ...], Many] = (),
+    fps: float = 2.0,
+    system: str | None = None,
+    num_generations: int = 1,
+    max_new_tokens: int = 512,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> None:
+    """Answer a prompt about images and videos; the text appears as it is written.
+
+    Args:
+        model: checkpoint folder, hub id, or "tiny".
+        prompt: the user's text; images and videos come before it.
+        image: an image file; repeat for several.
+        video: a video file or a folder of frames; repeat for several.
+        fps: frames a second taken from a video.
+        system: system message; the template's default without it.
+        num_generations: answers to write; they share the prompt.
+        temperature: 0 is greedy.
+    """
+    from jaxmllm import api
+    from jaxmllm.losses.logprobs import Sampling
+
+    loaded = api.load(model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
+    content: list[dict[str, Any]] = [{"type": "image", "image": str(path)} for path in image]
+    content += [{"type": "video", "video": str(path), "fps": fps} for path in video]
+    content.append({"type": "text", "text": prompt})
+    opening = [{"role": "system", "content": system}] if system else []
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    shown, current, began, first = "", [], time.perf_counter(), 0.0
+    for current in api.stream(
+        loaded,
+        [*opening, {"role": "user", "content": content}],
+        num_generations=num_generations,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+    ):
+        first = first or time.perf_counter()
+        text = current[0].text
+        # a character may be cut between two tokens: wait for the rest of it
+        if num_generations == 1 and text.startswith(shown) and not text.endswith("\ufffd"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    if num_generations == 1:
+        print(current[0].text[len(shown) :])
+    else:
+        for number, one in enumerate(current):
+            print(f"--- {number + 1} ({one.stop_reason})\n{one.text}")
+    tokens, seconds = sum(len(one.token_ids) for one in current), time.perf_counter() - first
+    _console().print(
+        f"{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s after the first "
+        f"({first - began:.1f} s, compilation included)"
+    )
+
+
+def score(
+    conversations: tyro.conf.Positional[Path],
+    model: str = "tiny",
+    out: Path | None = None,
+    batch_size: int = 8,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> None:
+    """Log-probabilities of given completions.
+
+    Args:
+        conversations: JSON lines, each {"messages": [...], "completions": ["...", ...]}.
+        out: JSON lines with "logprobs" added; standard output without it.
+    """
+    import json
+
+    from jaxmllm import api
+    from jaxmllm.runfiles import read_lines
+
+    rows = read_lines(conversations)
+    for number, row in enumerate(rows, 1):
+        for field in ("messages", "completions"):
+            if not isinstance(row.get(field), list):
+                raise InputError(f"{conversations}, line {number}: field {field!r} must be a list")
+    if not rows:
+        raise InputError(f"{conversations}: no rows")
+    found = api.score(
+        api.load(model, dtype=dtype),
+        [r["messages"] for r in rows],
+        [r["completions"] for r in rows],
+        batch_size=batch_size,
+    )
+    lines = [
+        json.dumps(row | {"logprobs": [one.tolist() for one in group]}) for row, group in zip(rows, found, strict=True)
+    ]
+    if out is None:
+        print("\n".join(lines))
+    else:
+        out.write_text("\n".join(lines) + "\n")
+
+
+def convert(
+    source: tyro.conf.Positional[str],
+    target: tyro.conf.Positional[Path],
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> None:
+    """Convert between a Hugging Face folder and an Orbax one; the direction follows from what `source` holds.
+
+    Args:
+        source: Hugging Face folder, hub id, or a folder this command wrote.
+        target: folder to write; must not exist.
+    """
+    from jaxmllm.train.convert import from_orbax, is_orbax, to_orbax
+
+    if target.exists():
+        raise InputError(f"{target}: exists already; name a new folder")
+    if is_orbax(source):
+        from_orbax(Path(source), target, dtype)
+    else:
+        to_orbax(source, target, dtype)
+    _console().print(f"wrote {target}")
+
+
+def evaluate(
+    data: Annotated[tuple[str, ...], Many],
+    model: str = "tiny",
+    out: Path = Path("runs/eval"),
+    task: str | None = None,
+    style: str = "qwen2_5_vl",
+    thinking: bool = False,
+    limit: int | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 512,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    by: str | None = None,
+    save_pictures: int = 16,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> None:
+    """Greedy evaluation on one or more sources; goes on where it stopped; predictions are kept for other tools.
+
+    Args:
+        data: a source such as coco:instances.json?task=detection or world:grounding?split=val; repeat for several.
+        out: folder for predictions, figures with intervals, and COCO results.
+        task: the task to pose; each record's own without it.
+        by: also give the figures for each value of this record field.
+    """
+    from rich.progress import Progress
+
+    from jaxmllm import api
+    from jaxmllm.data.examples import Asking
+    from jaxmllm.data.sources import open_source
+    from jaxmllm.eval import harness, tables
+
+    options = {"style": style, "thinking": thinking}
+    extra = {} if task is None else {"task": task}
+    sources = {spec: open_source(spec, **(extra if spec.startswith("coco:") else {})) for spec in data}
+    loaded = api.load(model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
+    asking = Asking(options)
+
+    def generate(records: list[dict[str, Any]]) -> list[str]:
+        chats = [asking.conversation(record) for record in records]
+        found = api.generate(loaded, chats, max_new_tokens=max_new_tokens, temperature=0.0, batch_size=batch_size)
+        return [group[0].text for group in found]
+
+    console = _console()
+    with Progress(console=console, transient=True) as bar:
+        line = bar.add_task("evaluating", total=None)
+        found = harness.evaluate(
+            generate,
+            sources,
+            task,
+            out_dir=out,
+            batch_size=batch_size,
+            limit=limit,
+            options=options,
+            config={"model": str(model), "max_new_tokens": max_new_tokens, "max_pixels": max_pixels},
+            by=by,
+            save_pictures=save_pictures,
+            on_batch=lambda done, total: bar.update(line, completed=done, total=total),
+        )
+    console.print(tables.terminal(tables.evaluation_rows(found), f"{model}"))
+    console.print(f"predictions and figures: {out}")
+
+
+def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> None:
+    """Write the self-contained HTML report of a run folder."""
+    from jaxmllm.report.html import write_report
+
+    path = out or run / "report.html"
+    write_report(run, path)
+    _console().print(f"wrote {path}")
+
+
+def data(source: tyro.conf.Positional[str], out: Path = Path("preview.png"), n: int = 16) -> None:
+    """Draw the first records of a source with their annotations on one sheet.
+
+    Args:
+        source: for example world:detection or coco:instances.json?task=detection.
+        out: PNG file to write.
+        n: records to draw.
+    """
+    from jaxmllm.data.sources import open_source
+    from jaxmllm.world.preview import preview
+
+    preview(open_source(source), out, n)
+    _console().print(f"wrote {out}")
+
+
+def train(arguments: Sequence[str]) -> int:
+    """`jaxmllm train CONFIG.py [--field value ...]`: dotted flags override the config's fields."""
+    from jaxmllm.train.config import TrainConfig, load_config
+
+    if not arguments or arguments[0].startswith("-"):
+        print("usage: jaxmllm train CONFIG.py [--field value ...]   (--help after the config lists the fields)")
+        return 0 if "--help" in arguments or "-h" in arguments else EXIT_INPUT
+    config = load_config(arguments[0])
+    config = tyro.cli(TrainConfig, default=config, args=list(arguments[1:]), prog=f"jaxmllm train {arguments[0]}")
+
+    from jaxmllm.train.loop import EXIT_INTERRUPTED, Interrupted
+    from jaxmllm.train.loop import train as run
+    from jaxmllm.train.progress import Live
+
+    with Live(config, _console()) as live:
+        try:
+            folder = run(config, live.update)
+        except Interrupted as stopped:
+            live.stop()
+            _console().print(f"[yellow]{stopped}")
+            return EXIT_INTERRUPTED
+    if config.data.eval:
+        from jaxmllm.eval import measure, tables
+
+        changes = measure.compare(folder / "eval" / "before", folder / "eval" / "after")
+        _console().print(tables.terminal(tables.change_rows(changes), "before and after, same held-out records"))
+    report(folder)
+    return 0
+
+
+COMMANDS = {"sample": sample, "score": score, "convert": convert, "eval": evaluate, "report": report, "data": data}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, 2 for a mistake in the input, 75 when saved after a signal."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        if arguments and arguments[0] == "train":
+            return train(arguments[1:])
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS | {"train": lambda: None}, args=arguments, prog="jaxmllm", description=__doc__
+        )
+        return 0
+    except InputError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # a defect: say so in one line, the traceback on request
+        if debug:
+            raise
+        print(f"error: {type(error).__name__}: {error}\n(--debug shows the traceback)", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
