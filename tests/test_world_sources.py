@@ -77,9 +77,9 @@ def test_tracks_follow_the_pixels():
         clip = make_clip(spec, 0, "train", i)
         for number in range(len(clip.movers)):
             boxes = clip.visible(number)
-            left += len(boxes) < clip.frames
+            left += len(boxes) < spec.frames
             gone = dataclasses.replace(clip, movers=clip.movers[:number] + clip.movers[number + 1 :])
-            for t in range(clip.frames):
+            for t in range(spec.frames):
                 changed = np.abs(clip.render(t)[0].astype(int) - gone.render(t)[0]).max(-1) > 2
                 if t + 1 not in boxes:
                     assert not changed.any()

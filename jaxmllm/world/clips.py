@@ -64,25 +64,28 @@ class Mover:
 class Clip:
     """Movers from back to front. `draw` renders the frames that are shown."""
 
-    size: tuple[int, int]
+    spec: ClipSpec
     movers: tuple[Mover, ...]
-    frames: int
-    fps: float
-    ground: str
-    noise: float
+    ground: str  # of drawing.GROUNDS
     address: tuple[int, str, int]  # seed, split, index
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, pixels."""
+        return self.spec.scene.size
 
     def draw(self) -> list[UInt8[np.ndarray, "H W 3"]]:
         """The frames shown."""
-        return [self.render(t)[0] for t in range(self.frames)]
+        return [self.render(t)[0] for t in range(self.spec.frames)]
 
     def render(self, frame: int) -> tuple[UInt8[np.ndarray, "H W 3"], Int8[np.ndarray, "H W"]]:
         """Frame number `frame` (from 0), and the number of the mover seen at each pixel, -1 for the ground."""
+        boxes = [mover.boxes[frame] for mover in self.movers]
         objects = [
-            None if mover.boxes[frame] is None else dataclasses.replace(mover.thing, box=mover.boxes[frame])
-            for mover in self.movers
+            None if box is None else dataclasses.replace(mover.thing, box=box)
+            for mover, box in zip(self.movers, boxes, strict=True)
         ]
-        return draw_objects(objects, self.size, self.ground, self.noise, self.address, frame)
+        return draw_objects(objects, self.spec.scene, self.ground, self.address, frame)
 
     def visible(self, number: int) -> dict[int, Box]:
         """Boxes of a mover cut to the view, by frame number from 1, in all frames where it is seen."""
@@ -191,8 +194,7 @@ def make_clip(spec: ClipSpec, seed: int, split: str, index: int, attempt: int = 
             movers.append(mover)
         moving = any(mover.actions[0][2] != STILL or len(mover.actions) > 1 for mover in movers)
         if moving and len(movers) == len(objects):
-            address = (seed, split, index)
-            return Clip(spec.scene.size, tuple(movers), spec.frames, spec.fps, kind, spec.scene.noise, address)
+            return Clip(spec, tuple(movers), kind, (seed, split, index))
     raise InputError(
         "ClipSpec: no clip with a moving object could be drawn; lower `still`, `speed`, `frames` or scene.objects, or "
         "raise `crossing`"

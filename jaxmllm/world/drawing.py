@@ -76,7 +76,8 @@ def shape_mask(shape: str, side: int) -> Float32[np.ndarray, "side side"]:
         if shape == "ring":
             distance = np.maximum(distance, -(distance + radius * (1 - _RING)))
     else:
-        distance = _polygon_distance(shape, *np.broadcast_arrays(x, y), radius)
+        x, y = np.broadcast_arrays(x, y)
+        distance = _polygon_distance(shape, x, y, radius)
     mask = np.clip(0.5 - distance, 0, 1).astype(np.float32)
     mask.setflags(write=False)
     return mask
@@ -146,7 +147,7 @@ def _stretch(grid: Float32[np.ndarray, "h w 3"], width: int, height: int) -> Flo
         cells = grid.shape[axis] - 1
         place = np.arange(length, dtype=np.float32) * np.float32(cells) / np.float32(length)
         low = place.astype(int)
-        weight = (place - low).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+        weight = (place - low.astype(np.float32)).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
         first = grid.take(low, axis)
         grid = first + (grid.take(low + 1, axis) - first) * weight
     return grid

@@ -75,7 +75,7 @@ class Expression:
     def __str__(self) -> str:
         """`red circle left of the blue square that is above the star`: each relation belongs to the noun before it."""
         text, node, joint = phrase(self.words, "shape" in self.attributes), self, " "
-        while node.landmark is not None:
+        while node.landmark is not None and node.relation is not None:
             relation, node = node.relation, node.landmark
             text += f"{joint}{spoken(relation)} the {phrase(node.words, 'shape' in node.attributes)}"
             joint = " that is "

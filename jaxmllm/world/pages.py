@@ -105,15 +105,24 @@ class PageLine:
 class Page:
     """Lines in reading order, and how they are printed. `draw` renders the page."""
 
-    size: tuple[int, int]
+    spec: PageSpec
     lines: tuple[PageLine, ...]
-    layout: str
-    font: str
-    font_size: int
-    ink: int
+    layout: str  # of LAYOUTS
+    font: str  # of FONTS
+    font_size: int  # pixels
+    ink: int  # grey levels
     paper: int
-    noise: float
     address: tuple[int, str, int]  # seed, split, index
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, pixels."""
+        return self.spec.size
+
+    @property
+    def words(self) -> list[PageWord]:
+        """All words in reading order."""
+        return [word for line in self.lines for word in line.words]
 
     @property
     def text(self) -> str:
@@ -127,21 +136,20 @@ class Page:
         """The picture."""
         width, height = self.size
         cover = np.zeros((height, width), np.float32)
-        for line in self.lines:
-            for word in line.words:
-                x1, y1, x2, y2 = word.box
-                window = cover[y1:y2, x1:x2]
-                np.maximum(window, _glyphs(self.font, self.font_size, word.text)[1], out=window)
+        for word in self.words:
+            x1, y1, x2, y2 = word.box
+            window = cover[y1:y2, x1:x2]
+            np.maximum(window, _glyphs(self.font, self.font_size, word.text)[1], out=window)
         grey = np.float32(self.paper) + np.float32(self.ink - self.paper) * cover
         image = np.repeat(grey[..., None], 3, -1)
-        return finish(image, self.noise, Stream(*self.address, PIXELS))
+        return finish(image, self.spec.noise, Stream(*self.address, PIXELS))
 
 
     def owner(self) -> Int16[np.ndarray, "H W"]:
-        """The number of the word whose box holds each pixel, counted over all lines; -1 elsewhere."""
+        """The number in `words` of the word whose box holds each pixel; -1 elsewhere."""
         width, height = self.size
         owner = np.full((height, width), -1, np.int16)
-        for number, word in enumerate(word for line in self.lines for word in line.words):
+        for number, word in enumerate(self.words):
             x1, y1, x2, y2 = word.box
             owner[y1:y2, x1:x2] = number
         return owner
@@ -316,8 +324,8 @@ def make_page(spec: PageSpec, seed: int, split: str, index: int) -> Page:
         paper = 255 - stream.integer(0, spare // 2)
         if stream.chance(spec.inverted):
             ink, paper = paper, ink
-        page = Page(spec.size, tuple(setter.lines), layout, setter.font, setter.size, ink, paper, spec.noise,
-                    (seed, split, index))  # fmt: skip
+        address = (seed, split, index)
+        page = Page(spec, tuple(setter.lines), layout, setter.font, setter.size, ink, paper, address)
         shifts = [_MARGIN - int(low[k]) + stream.integers(0, int(slack[k]), _SHIFTS) for k in (0, 1)]
         origin = setter.lines[0].words[0].origin
         signatures = page_signature(

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from jaxmllm.tasks import tracks
+from jaxmllm.errors import InputError
+from jaxmllm.tasks import foresight_records
+from jaxmllm.tasks import tracks as task_tracks
 from jaxmllm.world.clips import Clip
 from jaxmllm.world.expressions import Referring, spoken
 from jaxmllm.world.pages import Page
@@ -33,9 +35,9 @@ class SceneQuestions:
     Consecutive questions of a task ask about different objects as far as the scene allows.
     """
 
-    def __init__(self, scene: Scene, spec: SceneSpec, stream: Stream):
-        self.objects, self.spec, self.stream = scene.objects, spec, stream
-        self.referring = Referring(scene.objects, spec)
+    def __init__(self, scene: Scene, stream: Stream):
+        self.objects, self.spec, self.stream = scene.objects, scene.spec, stream
+        self.referring = Referring(scene.objects, scene.spec)
         self._sorted = in_order(scene.objects, range(len(scene.objects)))
 
     @cached_property
@@ -61,7 +63,9 @@ class SceneQuestions:
 
         The count is drawn evenly from those that occur, so that no count is the answer to most questions.
         """
-        label = self._absent() if self.stream.chance(self.spec.zero_counts) else None
+        label = None
+        if self.stream.chance(self.spec.zero_counts):
+            label = absent_name(self.spec, self.objects, self.stream)
         members: list[int] = []
         if label is None:
             by_count: dict[int, list[tuple]] = {}
@@ -75,15 +79,6 @@ class SceneQuestions:
             "points": [list(thing.centre) for thing in things],
             "boxes": [list(thing.box) for thing in things],
         }
-
-    def _absent(self) -> str | None:
-        """Words for something that is not there; None if chance finds nothing."""
-        present = {(thing.colour, thing.shape) for thing in self.objects}
-        for _ in range(20):
-            words = (self.stream.choice(self.spec.colours), self.stream.choice(self.spec.shapes))
-            if words not in present:
-                return " ".join(words)
-        return None
 
     def detection(self, k: int) -> Record:
         """`boxes` and `labels` of all objects; `categories` lists all labels of the spec, present or not."""
@@ -105,17 +100,27 @@ class SceneQuestions:
         unique = [i for i, name in enumerate(names) if names.count(name) == 1]
         rank = {i: position for position, i in enumerate(self._sorted)}
         pairs = [(rank[i], relation, rank[j]) for i, relation, j in self.referring.true_pairs()]
-        relations = []
+        relations: list[tuple[int, str, int]] = []
         for subject, other in zip(unique, unique[1:], strict=False):
             true = [relation for i, relation, j in pairs if (i, j) == (subject, other)]
             if true:
-                relations.append([subject, self.stream.choice(true), other])
+                relations.append((subject, self.stream.choice(true), other))
         shown = [_several(name, names.count(name)) for name in dict.fromkeys(names)]
         sentences = [f"The image shows {listing(shown)}."]
         sentences += [f"The {names[i]} is {spoken(relation)} the {names[j]}." for i, relation, j in relations]
         described = ("size", "texture", "colour")
         objects = [{"name": t.shape, "attributes": list(t.words(described)), "box": list(t.box)} for t in things]
-        return {"caption": " ".join(sentences), "objects": objects, "relations": relations}
+        return {"caption": " ".join(sentences), "objects": objects, "relations": [list(r) for r in relations]}
+
+
+def absent_name(spec: SceneSpec, objects: Sequence[SceneObject], stream: Stream) -> str | None:
+    """Colour and shape of something that is not among the objects; None if chance finds nothing."""
+    present = {(thing.colour, thing.shape) for thing in objects}
+    for _ in range(20):
+        words = (stream.choice(spec.colours), stream.choice(spec.shapes))
+        if words not in present:
+            return " ".join(words)
+    return None
 
 
 def categories(spec: SceneSpec) -> list[str]:
@@ -158,12 +163,13 @@ def clip_fields(clip: Clip) -> Record:
     A track has the boxes of all frames, those after the last shown one included.
     """
     order = sorted(range(len(clip.movers)), key=lambda i: clip.movers[i].thing.box[:2])
-    tracks, story = [], []
+    tracks: list[Record] = []
+    story = []
     for number, i in enumerate(order, 1):
         mover, boxes = clip.movers[i], clip.visible(i)
         thing = mover.thing
         spans = [(max(a, min(boxes)), min(b, max(boxes)), text) for a, b, text in mover.actions]
-        actions = [{"span": [a, b], "text": text} for a, b, text in spans if a <= b]
+        actions: list[Record] = [{"span": [a, b], "text": text} for a, b, text in spans if a <= b]
         tracks.append(
             {
                 "id": number,
@@ -178,15 +184,34 @@ def clip_fields(clip: Clip) -> Record:
         deeds = " and then ".join(action["text"] for action in actions)
         story.append(f"{'An' if name[0] in 'aeiou' else 'A'} {name} is {deeds}.")
     return {
-        "fps": clip.fps,
-        "frames": [{"idx": t + 1, "time": t / clip.fps} for t in range(clip.frames)],
+        "fps": clip.spec.fps,
+        "frames": [{"idx": t + 1, "time": t / clip.spec.fps} for t in range(clip.spec.frames)],
         "caption": " ".join(story),
         "tracks": tracks,
     }
 
 
-def tracks_record(record: Record, stream: Stream) -> Record:
-    """A clip record with one query about it, as the tracks task draws them (at most 4 tracks are kept)."""
-    asked = tracks.make_query(record, stream.generator())
-    assert asked is not None  # a clip has a mover, so there is always a box to ask about
-    return asked
+def tracks(clip: Clip, record: Record, stream: Stream) -> Record:
+    """A clip's record with one query about it, as the tracks task draws them (at most 4 tracks are kept)."""
+    return _asked(task_tracks.make_query(record | clip_fields(clip), stream.generator()), record)
+
+
+def foresight(clip: Clip, record: Record, stream: Stream) -> Record:
+    """A clip's record with one foresight query; half of them ask for the frames of the horizon as well.
+
+    The task's share of negatives asks for something that is not in the clip.
+    """
+    record = record | clip_fields(clip)
+    last = max(int(t) for track in record["tracks"] for t in track["boxes"])
+    horizon = stream.choice((0, max(0, last - clip.spec.frames)))
+    absent = None
+    if stream.chance(foresight_records.NEGATIVE_SHARE):
+        absent = absent_name(clip.spec.scene, [mover.thing for mover in clip.movers], stream)
+    query = foresight_records.make_query(record, stream.generator(), horizon=horizon, absent=absent)
+    return _asked(query, record)
+
+
+def _asked(query: Record | None, record: Record) -> Record:
+    if query is None:
+        raise InputError(f"{record['id']}: nothing can be asked about this clip; enlarge ClipSpec.scene.sizes")
+    return query

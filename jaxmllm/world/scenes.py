@@ -110,11 +110,15 @@ def phrase(words: Sequence[str], has_noun: bool) -> str:
 class Scene:
     """Objects from back to front, and what is behind them. `draw` renders it."""
 
-    size: tuple[int, int]  # width, height, pixels
+    spec: SceneSpec
     objects: tuple[SceneObject, ...]
-    ground: str
-    noise: float
+    ground: str  # of drawing.GROUNDS
     address: tuple[int, str, int]  # seed, split, index: where its pixel noise comes from
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, pixels."""
+        return self.spec.size
 
     def draw(self) -> UInt8[np.ndarray, "H W 3"]:
         """The picture."""
@@ -122,14 +126,13 @@ class Scene:
 
     def render(self) -> tuple[UInt8[np.ndarray, "H W 3"], Int8[np.ndarray, "H W"]]:
         """The picture and the number of the object seen at each pixel, -1 for the ground."""
-        return draw_objects(self.objects, self.size, self.ground, self.noise, self.address)
+        return draw_objects(self.objects, self.spec, self.ground, self.address)
 
 
 def draw_objects(
     objects: Sequence[SceneObject | None],
-    size: tuple[int, int],
+    spec: SceneSpec,
     kind: str,
-    noise: float,
     address: tuple[int, str, int],
     frame: int = 0,
 ) -> tuple[UInt8[np.ndarray, "H W 3"], Int8[np.ndarray, "H W"]]:
@@ -137,14 +140,14 @@ def draw_objects(
 
     The ground belongs to the address, the noise to the address and the `frame` of a clip.
     """
-    width, height = size
+    width, height = spec.size
     image = ground(kind, width, height, Stream(*address, PIXELS))
     owner = np.full((height, width), -1, np.int8)
     for number, thing in enumerate(objects):
         if thing is not None:
             pixels = shape_pixels(thing.shape, thing.rgb, thing.texture, thing.side)
             paint(image, owner, number, pixels, thing.box[0], thing.box[1])
-    return finish(image, noise, Stream(*address, PIXELS, frame + 1)), owner
+    return finish(image, spec.noise, Stream(*address, PIXELS, frame + 1)), owner
 
 
 _ALL_COLOURS = tuple(COLOURS)
@@ -259,7 +262,7 @@ def make_scene(spec: SceneSpec, seed: int, split: str, index: int, attempt: int 
         stream = Stream(seed, split, index, attempt=attempt * 64 + retry)
         objects = draw_layout(spec, split, stream, fewer=retry // 4)
         if objects is not None:
-            return Scene(spec.size, objects, stream.choice(spec.ground), spec.noise, (seed, split, index))
+            return Scene(spec, objects, stream.choice(spec.ground), (seed, split, index))
     raise InputError(
         f"SceneSpec.objects: {spec.objects[0]} objects do not fit into {spec.size[0]} x {spec.size[1]} pixels; "
         "lower SceneSpec.objects, shrink SceneSpec.sizes or raise SceneSpec.max_overlap"

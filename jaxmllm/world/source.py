@@ -8,8 +8,9 @@ import numpy as np
 
 from jaxmllm.errors import InputError
 from jaxmllm.world.clips import Clip, ClipSpec, make_clip
+from jaxmllm.world.grid import grid_targets
 from jaxmllm.world.pages import Page, PageSpec, make_page
-from jaxmllm.world.questions import Record, SceneQuestions, clip_fields, ocr, tracks_record
+from jaxmllm.world.questions import Record, SceneQuestions, foresight, ocr, tracks
 from jaxmllm.world.scenes import Scene, SceneSpec, make_scene
 from jaxmllm.world.streams import QUESTIONS, Stream, check_split
 
@@ -30,6 +31,7 @@ DEFAULT_SPECS: dict[str, Spec] = {
     "tracks": ClipSpec(),
     "foresight": ClipSpec(frames=4, horizon=2),
 }
+_CLIP_QUESTIONS = {"tracks": tracks, "foresight": foresight}
 _ATTEMPTS = 64  # scenes tried for one that allows the questions
 
 
@@ -100,93 +102,51 @@ class WorldSource:
         `size`, `texture`, as indices into the spec's tuples, and `x1`, `y1`, `x2`, `y2`, its box in pixels. On pages
         the objects are words and their one attribute is `word`, an index into the vocabulary, -1 for numbers.
         """
-        content = self.content(index)
-        if isinstance(content, Page):
-            words = [word for line in content.lines for word in line.words]
-            number = {word: k for k, word in enumerate(self.spec.vocabulary)}
-            fields = {"word": [number.get(word.text.lower(), -1) for word in words]}
-            image, owner = content.draw(), content.owner()
-            boxes = [word.box for word in words]
-        else:
-            spec = self.spec.scene if isinstance(content, Clip) else self.spec
-            things = [mover.thing for mover in content.movers] if isinstance(content, Clip) else content.objects
-            image, owner = content.render(0) if isinstance(content, Clip) else content.render()
-            names = {
-                "shape": spec.shapes,
-                "colour": spec.colours,
-                "size": tuple(size[0] for size in spec.sizes),
-                "texture": spec.textures,
-            }
-            fields = {name: [known.index(getattr(o, name)) for o in things] for name, known in names.items()}
-            boxes = [thing.box for thing in things]
-        fields |= {name: [box[k] for box in boxes] for k, name in enumerate(("x1", "y1", "x2", "y2"))}
-        winner = _cell_winners(owner, cell, len(boxes))
-        return {"image": image} | {
-            name: np.append(np.array(values, np.int32), np.int32(-1))[winner] for name, values in fields.items()
-        }
+        return grid_targets(self.content(index), cell)
 
     def _content(self, index: SupportsIndex) -> tuple[Scene | Page | Clip, SceneQuestions | None]:
         i = index.__index__()
         if not 0 <= i < self.length:
             raise IndexError(f"item {i} of a world source of length {self.length}")
-        address = (self.seed, self.split, i)
-        if isinstance(self.spec, PageSpec):
-            return make_page(self.spec, *address), None
-        if isinstance(self.spec, ClipSpec):
-            return make_clip(self.spec, *address), None
+        address, spec = (self.seed, self.split, i), self.spec
+        if isinstance(spec, PageSpec):
+            return make_page(spec, *address), None
+        if isinstance(spec, ClipSpec):
+            return make_clip(spec, *address), None
+        assert spec is not None  # set by __post_init__
         for attempt in range(_ATTEMPTS):
-            scene = make_scene(self.spec, *address, attempt)
-            questions = SceneQuestions(scene, self.spec, Stream(*address, QUESTIONS))
+            scene = make_scene(spec, *address, attempt)
+            questions = SceneQuestions(scene, Stream(*address, QUESTIONS))
             if questions.answerable:
                 return scene, questions
         raise InputError(
-            f"SceneSpec.depth: {self.spec.depth!r} relations were not possible in {_ATTEMPTS} scenes of "
-            f"{self.spec.objects} objects; allow more objects or fewer relations"
+            f"SceneSpec.depth: {spec.depth!r} relations were not possible in {_ATTEMPTS} scenes of {spec.objects} "
+            "objects; allow more objects or fewer relations"
         )
 
     def _records(self, index: SupportsIndex, count: int) -> list[Record]:
         content, questions = self._content(index)
-        drawn = content.draw()
-        images = drawn if isinstance(drawn, list) else [drawn]
-        stream = questions.stream if questions else Stream(self.seed, self.split, index.__index__(), QUESTIONS)
+        images = content.draw() if isinstance(content, Clip) else [content.draw()]
+        stream = questions.stream if questions else Stream(*content.address, QUESTIONS)
         found = []
         for k in range(count):
             task = self._draw_task(stream)
-            record: Record = {
-                "id": f"world-{task}-{self.split}-{self.seed}-{index.__index__()}-{k}",
-                "task": task,
-                "images": images,
-                "size": list(content.size),
-            }
+            name = f"world-{task}-{self.split}-{self.seed}-{index.__index__()}-{k}"
+            record: Record = {"id": name, "task": task, "images": images, "size": list(content.size)}
             if questions is not None:
                 record |= getattr(questions, task)(k)
+            elif isinstance(content, Clip):
+                record = _CLIP_QUESTIONS[task](content, record, stream)
             elif isinstance(content, Page):
                 record |= ocr(content)
-            else:
-                record = tracks_record(record | clip_fields(content), stream)
             found.append(record)
         return found
 
     def _draw_task(self, stream: Stream) -> str:
-        weights = self._weights
+        weights = {task: weight for task, weight in self._weights.items() if weight}
         point = stream.uniform(0, sum(weights.values()))
         for task, weight in weights.items():
             point -= weight
             if point < 0:
                 return task
-        return next(task for task, weight in reversed(weights.items()) if weight)
-
-
-def _cell_winners(owner: np.ndarray, cell: int, objects: int) -> np.ndarray:
-    """Per cell, the object with most pixels in it; -1 if none has 4 % of them. Cells cut by the border are left out."""
-    rows, columns = owner.shape[0] // cell, owner.shape[1] // cell
-    if rows == 0 or columns == 0:
-        raise ValueError(f"cell {cell} is larger than the picture {owner.shape[1]} x {owner.shape[0]}")
-    blocks = owner[: rows * cell, : columns * cell].reshape(rows, cell, columns, cell).swapaxes(1, 2)
-    blocks = blocks.reshape(rows * columns, cell * cell).astype(np.int64) + 1
-    place = np.arange(rows * columns)[:, None] * (objects + 1)
-    counts = np.bincount((blocks + place).ravel(), minlength=rows * columns * (objects + 1))
-    counts = counts.reshape(rows, columns, objects + 1)[..., 1:]
-    winner = counts.argmax(-1) if objects else np.full((rows, columns), -1)
-    enough = counts.max(-1, initial=0) >= max(1, 0.04 * cell * cell)
-    return np.where(enough, winner, -1)
+        return next(reversed(weights))  # rounding

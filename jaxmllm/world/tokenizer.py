@@ -2,7 +2,7 @@
 
     python -m jaxmllm.world.tokenizer [FOLDER]
 
-Qwen2.5-VL's special tokens and chat template around a vocabulary of about 1,200 pieces: the 256 bytes, the integers
+Qwen2.5-VL's special tokens and chat template around a vocabulary of 1,478 entries: the 256 bytes, the integers
 0..224, the words of the world and of the tasks' questions, and the punctuation of their answers. A text is cut into the
 fewest pieces that spell it, so a coordinate is one token, and any text survives encoding and decoding unchanged because
 its bytes are pieces too.
@@ -23,6 +23,7 @@ from jaxmllm.world.words import PAGE_WORDS, RECEIPT_ITEMS, RECEIPT_WORDS
 
 FOLDER = Path(__file__).parents[1] / "assets" / "tiny"
 LARGEST_INTEGER = 224
+SIZE = 1478  # entries, fixed: spare pieces fill it up, so that a new piece takes a spare one's id and moves no other
 SPECIAL_TOKENS = (  # Qwen2.5-VL's, in its order
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -52,6 +53,8 @@ ANSWER_PIECES = (
     "</answer>", "</think><answer>", "<answer>\n", "\n</answer>", "<attr>", "</attr>",
     "</attr>\n</answer>", "<Id", "</Id", ">Frame",
     "];Frame", "]</Id", ":[", "],[", "Track", "Frame", "Picture ", "Video ", ": ", "; ", ". ", ".\n", "'s", "...",
+    '{"match": true, "bbox_2d": [', '{"match": false, "relation": "R', "]}", '"bbox_2d": [', '"match": ', '"relation": "',
+    "<Id1>Frame1:[", "</Id1>", "Its path is", "There is no", " in the given frames.", "this ", "];", ",<Id",
     "action=", "; location=", "appearance=", "; action=", "; frames=", "frames=",
     "system\nYou are a helpful assistant.", "You are a helpful assistant.", "system\n", "user\n", "assistant\n",
 )  # fmt: skip
@@ -67,6 +70,8 @@ QUESTION_PIECES = (
     "Answer as <answer>, one line Track k: name<Id k>Frame t:[xmin,ymin,xmax,ymax];...</Id k> per subject",
     "Write each trajectory as Track k: name<Id k>Frame t:[xmin,ymin,xmax,ymax];...</Id k>.", ", then <attr>",
     "Reason between <think> and </think> first. ", "</attr>, </answer>.", ", </answer>.", "action=...", "; location=...",
+    "[xmin,ymin,xmax,ymax]", "<Idi>Frame t:[xmin,ymin,xmax,ymax]</Idi>", " in the format ", " as a short answer",
+    "[x0,y0,x1,y1] for the objects you mention", "<image>", "<image>\n", " category:[xmin,ymin,xmax,ymax]",
     "appearance=...", "; action=...", "; frames=...", " frames, Frame1 to Frame", "The clip has ",
 )  # fmt: skip
 
@@ -81,34 +86,42 @@ _WORLD_WORDS = (
 )  # fmt: skip
 # Words inside sentences: with a leading blank only.
 _INNER_WORDS = """
-    A Describe Find Give JSON Keep Name Output Report Say The What Who a about above absent action all along
-    also an and answer any appear appearance appears are as at bbox be before below between bounding box boxes
-    but by can caption category clip coordinates count describe description detail detailed details do does
-    doing down each end every everything false final find follow for format frame frames from give given happens
-    has have how identify identity image in instead into is it its like line list locate look looks many match
-    me mismatch move moves moving name names next not of on one or other output overall per phrase point
-    position process question reason relation relations report same say second see seen sentence set should show
-    shows so something square standing start subject subjects summarise tags tell than that the their them then
-    there these they thing things think thinking this thoroughly through to trace track tracks trajectories
-    trajectory true under up wanted was what whatever when where whether which who whole will with within write
-    wrong yes you
+    A Answer B C Can D Describe Find Frame Give JSON Keep Name Now Options Output Please Put Reply Report
+    Respond Return Say State Stick The This Track Treat What Who You Your a about above absent action after all
+    along also an and answer any appear appearance appears are as at bbox be before below between bounding box
+    boxes but by can caption captioning category clip closely comprehension coordinates correct count decide
+    decides describe description detail detailed details detect detection do does doing down each either else
+    end every everything exactly expert expression false far final find first fit fits follow for format frame
+    frames from future generation give given go going happens has have heading holds how identify identity image
+    in instead into is it its judge letter like likely line list locate location look looks many match me
+    mention mismatch motion move moves moving must name names need next not nothing numbered object of on one
+    option or other otherwise out output overall path per phrase picture point position predict prediction
+    present probably process question quickly reason reasoning referring relation relations reply report request
+    respond result same say second see seen sentence set short should show shows slowly so something start stay
+    subject subjects summarise tags task tell than that the their them then there these they thing things think
+    thinking this thoroughly through to trace track tracking tracks trajectories trajectory true up video visual
+    wanted what whatever when where whether which who whole will with within write written wrong yes you your
 """.split()
 # Words that start a sentence: without a blank.
 _FIRST_WORDS = """
-    A After Also An Answer Close Count Describe Find Finish Follow For Give Given How Identify If Image In Is It
-    JSON Keep List Locate Look Name No OCR Output Please Predict Report Say Someone Starting Tell The Then There
-    This Trace Track Video What When Where Which Who Write Yes bbox false json label match null point relation
-    true yes
+    A After Also An And Answer As Carry Close Could Count Describe Do Expression Find Finish Follow For From
+    Future Give Given Here How Identify If Image In Is It Its JSON Judging Keep List Locate Look Name No OCR
+    Object Output Over Please Predict R1 R2 R3 Referring Relations Report Say Solve Someone Starting Task Tell
+    The Then There This Trace Track Trajectory Video We What When Where Which Who Write Yes Your absent bbox
+    captioning describe detect false frame future give image in json label match move null point predict
+    referring relation say stay subject track trajectory true video visual yes
 """.split()
 
 
 def pieces() -> list[str]:
-    """All pieces of two bytes or more, in the order of their ids."""
+    """All pieces of two bytes or more, in the order of their ids; add new ones at the end of `found`."""
     world = dict.fromkeys(word for entry in _WORLD_WORDS for word in entry.split())
     found = [str(n) for n in range(10, LARGEST_INTEGER + 1)]
+    found += [f"{n:03d}" for n in range(100)]  # trajectories are written with three digits
     found += [form for word in world for form in (" " + word, word)]
     found += [" " + word for word in _INNER_WORDS] + list(_FIRST_WORDS) + list(ANSWER_PIECES) + list(QUESTION_PIECES)
-    return [piece for piece in dict.fromkeys(found) if len(piece.encode()) > 1]
+    found = [piece for piece in dict.fromkeys(found) if len(piece.encode()) > 1]
+    return found + [f"<spare {k}>" for k in range(SIZE - 256 - len(SPECIAL_TOKENS) - len(found))]
 
 
 def build() -> Tokenizer:
