@@ -1,0 +1,30 @@
+"""Second of three runs that make the embedded model: the decoder learns to bind words to objects, tower frozen.
+
+    ./launch/local.sh jaxmllm train configs/tiny/grounding.py
+"""
+
+from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig
+
+SCENES = "world:grounding?size=84x84&objects=2-6&questions=6"
+
+config = TrainConfig(
+    name="tiny_grounding",
+    method="sft",
+    model="runs/tiny_vision/export",
+    trainable=r"(?!vision/).*",
+    unroll=True,
+    batch_size=16,
+    max_steps=1500,
+    data=DataConfig(
+        train=(f"{SCENES}&length=10000000",),
+        eval=("world:grounding?size=84x84&objects=2-6&split=val",),
+        questions_per_image=6,
+        first_coordinate_weight=3.0,
+    ),
+    optim=OptimConfig(
+        learning_rate=2e-3, lr_scheduler_type="constant", warmup_steps=50, weight_decay=0.01, adam_beta2=0.98
+    ),
+    logging_steps=20,
+    eval_steps=250,
+    save_steps=250,
+)
