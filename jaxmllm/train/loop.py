@@ -96,7 +96,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
 
     with writer, contextlib.closing(checkpoints), contextlib.closing(run.batches), contextlib.closing(run.step):
         with stop_flag() as stop:
-            if sources:
+            if sources and start == 0:
                 evaluate(run, sources, "before")
             step = start
             while step < config.max_steps and not stop:
