@@ -241,18 +241,18 @@ def test_slices_on_disk_give_the_same_records_without_tensorflow(tmp_path):
 import sys
 from jaxmllm.errors import InputError
 from jaxmllm.world import WorldSource
-from jaxmllm.world.tfds_builder import PreparedSource, materialise
+from jaxmllm.data.tfds import open_prepared
+from jaxmllm.world.tfds_builder import materialise
 sources = {{"train": WorldSource("grounding", questions=2), "val": WorldSource("tracks", "val")}}
 folder = materialise(sources, {str(tmp_path)!r}, 4, 9)
-train, val = PreparedSource(folder, "train"), PreparedSource(folder, "val")
+train, val = open_prepared(folder, "train"), open_prepared(folder, "val")
 assert (len(train), len(val)) == (10, 5)
 pairs = [(train[k], sources["train"].records(4 + k // 2)[k % 2]) for k in range(10)] + [(val[2], sources["val"][6])]
 for stored, wanted in pairs:
     assert all((a == b).all() for a, b in zip(stored["images"], wanted["images"], strict=True))
     assert {{k: v for k, v in stored.items() if k != "images"}} == {{k: v for k, v in wanted.items() if k != "images"}}
 assert not any(name.split(".")[0] == "tensorflow" for name in sys.modules)
-for bad in (lambda: materialise(sources, {str(tmp_path)!r}, 4, 9), lambda: PreparedSource({str(tmp_path)!r}, "train"),
-            lambda: materialise(sources, {str(tmp_path)!r}, 9, 9)):
+for bad in (lambda: materialise(sources, {str(tmp_path)!r}, 4, 9), lambda: materialise(sources, {str(tmp_path)!r}, 9, 9)):
     try:
         bad()
     except InputError:

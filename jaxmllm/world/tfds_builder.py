@@ -1,15 +1,14 @@
-"""Slices of the world on disk: a TFDS builder that writes ArrayRecord, and the source that reads it back.
+"""Slices of the world on disk: a TFDS builder that writes ArrayRecord. `jaxmllm.data.tfds` reads them.
 
 No TensorFlow, neither for writing nor for reading. (TFDS's `Image` inside a `Sequence` would need it, so the frames of
 a record are one zlib-compressed uint8 tensor.) The folder is an ordinary TFDS data set, which
-`tfds.builder_from_directory(folder).as_data_source(split)` reads without this module.
+`tfds.builder_from_directory(folder).as_data_source(split)` reads too.
 """
 
 import json
-import operator
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -61,7 +60,7 @@ def materialise(
 ) -> Path:
     """Writes items start..stop - 1 of each source as one split of a TFDS data set in ArrayRecord files.
 
-    Returns the folder of the data set, inside `folder`: what `PreparedSource` and `tfds.builder_from_directory` open.
+    Returns the folder of the data set, inside `folder`: what `data.tfds.open_prepared` and TFDS itself open.
 
     Raises:
         InputError: the slice is empty, or the folder already holds such a data set.
@@ -75,24 +74,3 @@ def materialise(
     builder.download_and_prepare()
     return target
 
-
-class PreparedSource:
-    """Random access to a split that `materialise` wrote: the same records, `images` as uint8 arrays."""
-
-    def __init__(self, folder: str | Path, split: str = "train"):
-        try:
-            self._data = tfds.builder_from_directory(str(folder)).as_data_source(split)
-        except Exception as error:  # TFDS raises many kinds; all of them mean an unusable folder
-            raise InputError(f"{folder}: split {split!r} cannot be read as a TFDS data set ({error})") from error
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-        i = operator.index(index)
-        if not 0 <= i < len(self):
-            raise IndexError(f"item {i} of a data set of length {len(self)}")
-        example = self._data[i]
-        record = json.loads(example["record"])
-        head = {"id": record.pop("id"), "task": record.pop("task"), "images": list(example["images"])}
-        return head | record
