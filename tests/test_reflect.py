@@ -83,7 +83,7 @@ def test_a_rule_critic_scores_silently():
     assert row["best_turn"] == 1 and row["final"] == "A dog."  # the last answer is reported, not the best
 
 
-@pytest.mark.parametrize("turns,score_last", itertools.product((1, 2, 4), (True, False)))
+@pytest.mark.parametrize("turns,score_last", list(itertools.product((1, 2, 4), (True, False))))
 def test_the_number_of_calls_is_fixed(turns, score_last):
     policy, judge = Scripted("answer"), Scripted("critic", lambda n, k: "Perfect. Score: 100")
     out = r.reflect(policy, r.model_critic(judge), RECORDS, turns, score_last=score_last)
