@@ -257,17 +257,20 @@ def image_size(image: Any) -> list[int]:
     if isinstance(image, np.ndarray):
         return [image.shape[1], image.shape[0]]
     if isinstance(image, Image.Image):
-        return list(image.size)
+        return _upright(image)
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            size = list(opened.size)
-            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return _upright(opened)
     except FileNotFoundError:
         raise InputError(f"{image}: image file not found") from None
     except Exception as error:
         shown = image if isinstance(image, str) else "image"
         raise InputError(f"{shown}: cannot be read as an image ({error})") from None
-    return size[::-1] if turned else size
+
+
+def _upright(image: Image.Image) -> list[int]:
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return [image.height, image.width] if turned else [image.width, image.height]
 
 
 def media(value: Any, root: Path) -> Any:

@@ -23,10 +23,11 @@ without %) with `seed`, `group` (records of one image together, see `Grouped`) a
 import dataclasses
 import inspect
 import math
+import operator
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
@@ -40,6 +41,8 @@ from jaxmllm.data.formats import Record, Rows, RowSource, Source, choose, existi
 from jaxmllm.data.tfds import is_prepared, open_prepared
 from jaxmllm.errors import InputError
 from jaxmllm.world.source import DEFAULT_SPECS, WorldSource
+
+ENDLESS = 2**62  # length of an endless order
 
 
 class RecordSource(Protocol):
@@ -164,22 +167,32 @@ def order(source: RecordSource, seed: int | None) -> grain.MapDataset:
     """
     if isinstance(source, Mixture) and source.weights is not None:
         parts = [
-            order(part, None if seed is None else _seed(seed, k)).map(partial(_shift, int(source.starts[k])))
+            order(part, None if seed is None else _seed(seed, k)).map(partial(operator.add, int(source.starts[k])))
             for k, part in enumerate(source.sources)
         ]
         return grain.MapDataset.mix(parts, source.weights)
     if not len(source):
         raise InputError(f"{getattr(source, 'name', 'source')}: it has no records")
-    indices = grain.MapDataset.range(len(source))
-    return (indices if seed is None else indices.shuffle(_seed(seed, 0))).repeat()
+    places = grain.MapDataset.range(ENDLESS)
+    return places.map(partial(_index, len(source), None if seed is None else _seed(seed, 0)))
 
 
-def _shift(start: int, index: int) -> int:
-    return start + index
+def _index(length: int, seed: int | None, place: int) -> int:
+    epoch, inside = divmod(place, length)
+    return inside if seed is None else int(_permutation(length, seed, epoch)[inside])
+
+
+@lru_cache(maxsize=32)
+def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    """Grain's own shuffle takes milliseconds an index for sources of less than a hundred records.
+
+    From raw words, whose values numpy guarantees; its `permutation` may change between releases.
+    """
+    words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(length)
+    return np.argsort(words, kind="stable").astype(np.int32 if length < 2**31 else np.int64)
 
 
 def _seed(seed: int, number: int) -> int:
-    """Seeds that stay apart: Grain adds the epoch to the seed, so seed 0 would repeat as seed 1 an epoch later."""
     return int(np.random.SeedSequence([seed % 2**64, number]).generate_state(1)[0])
 
 

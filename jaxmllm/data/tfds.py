@@ -46,11 +46,13 @@ def open_prepared(folder: Path, split: str | None) -> Source:
     prepared = Prepared(folder, str(split))
     if {"image", "objects"} <= set(prepared.features) and "refexp" in prepared.features["objects"]:
         return RefCocoTfds(prepared)
+    if {"id", "images", "record"} <= set(prepared.features):
+        return WorldTfds(prepared)
     raise InputError(f"{folder}: its features {', '.join(prepared.features)} are none that can be read here")
 
 
 class Prepared:
-    """One split, opened anew in each process. `read(i, *features)` decodes only those features."""
+    """One split, opened anew in each process; only the features asked for are decoded."""
 
     def __init__(self, folder: Path, split: str):
         self.folder, self.split = folder, split
@@ -59,9 +61,11 @@ class Prepared:
     def _open(self) -> None:
         import tensorflow_datasets as tfds
 
-        self._builder = tfds.builder_from_directory(self.folder)
-        self.features = self._builder.info.features
-        self._sources: dict[tuple, Any] = {}
+        builder = tfds.builder_from_directory(self.folder)
+        self.features = builder.info.features
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        self._data = builder.as_data_source(split=self.split, deserialize_method=raw)
+        self._subsets: dict[tuple[str, ...], Any] = {}
 
     def __getstate__(self):
         return {"folder": self.folder, "split": self.split}
@@ -71,29 +75,48 @@ class Prepared:
         self._open()
 
     def __len__(self) -> int:
-        return len(self._source(()))
+        return len(self._data)
 
-    def _source(self, features: tuple) -> Any:
-        if features not in self._sources:
-            import tensorflow_datasets as tfds
+    def read(self, index: int, *names: str) -> Record:
+        """The named features of item `index`; `objects/bbox` is one inside a sequence."""
+        if names not in self._subsets:
+            self._subsets[names] = self._subset(names)
+        return self._subsets[names].deserialize_example_np(self._data[index])
 
-            wanted: dict[str, Any] = {}
-            for name in features:
-                first, _, second = name.partition("/")
-                if second:
-                    wanted.setdefault(first, {})[second] = True
-                else:
-                    wanted[first] = True
-            decoders = tfds.decode.PartialDecoding(wanted) if wanted else None
-            self._sources[features] = self._builder.as_data_source(split=self.split, decoders=decoders)
-        return self._sources[features]
+    def _subset(self, names: tuple[str, ...]) -> Any:
+        import tensorflow_datasets as tfds
 
-    def read(self, index: int, *features: str) -> Record:
-        return self._source(features)[index]
+        found: dict[str, Any] = {}
+        for name in names:
+            outer, _, inner = name.rpartition("/") if name not in self.features else (name, "", "")
+            if inner:
+                found.setdefault(outer, {})[inner] = self.features[outer][inner]
+            else:
+                found[name] = self.features[name]
+        sequences = {k: tfds.features.Sequence(v) if isinstance(v, dict) else v for k, v in found.items()}
+        return tfds.features.FeaturesDict(sequences)
+
+
+class WorldTfds(Source):
+    """Records of the world, written by `jaxmllm.world.tfds_builder`; questions about one picture follow each other."""
+
+    def __init__(self, prepared: Prepared):
+        self.prepared, self.name = prepared, f"{prepared.folder} ({prepared.split})"
+
+    def __len__(self) -> int:
+        return len(self.prepared)
+
+    def image_key(self, index: int) -> tuple[str, ...]:
+        _, _, *picture, _ = self.prepared.read(index, "id")["id"].decode().split("-")
+        return tuple(picture)  # split, seed, number
+
+    def _record(self, index: int) -> Record:
+        row = self.prepared.read(index, "images", "record")
+        return {**json.loads(row["record"]), "images": list(row["images"])}
 
 
 class RefCocoTfds(Source):
-    """TFDS's `ref_coco`: one record an expression. Boxes are its shares of the sides, made pixels again."""
+    """TFDS's `ref_coco`: one record an expression. Boxes are its shares of the sides, made pixels to 0.01."""
 
     def __init__(self, prepared: Prepared):
         self.prepared, self.name = prepared, f"{prepared.folder} ({prepared.split})"
@@ -124,5 +147,5 @@ class RefCocoTfds(Source):
             "images": [row["image"]],
             "size": [width, height],
             "expression": raw.decode() if isinstance(raw, bytes) else str(raw),
-            "box": [x1 * width, y1 * height, x2 * width, y2 * height],
+            "box": [round(v, 2) for v in (x1 * width, y1 * height, x2 * width, y2 * height)],
         }

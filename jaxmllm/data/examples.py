@@ -1,0 +1,368 @@
+"""A record, or several about one image, as a prompt and the completions to learn."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxmllm import tasks
+from jaxmllm.data.chat import Buckets, Example, Message, Processor, collate_completions
+from jaxmllm.data.formats import Record, Source, image_size, shorten
+from jaxmllm.data.images import PixelConfig, image_frames, smart_resize
+from jaxmllm.data.sources import RecordSource, all_records, where
+from jaxmllm.errors import InputError
+from jaxmllm.types import Completions
+
+KEPT_PREFIXES = 256  # combinations of image sizes
+TOLERANCE = 2.0  # pixels that an annotation may lie outside its image: files round
+Weigh = Callable[[Record, Sequence[int]], Sequence[float]]  # record, tokens of its answer -> a weight for each
+_QUESTION, _ANSWER = "\x02question\x03", "\x02answer\x03"  # stand-ins that no template contains
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """One row of a batch, unpadded."""
+
+    index: int  # in the source
+    records: list[Record]  # one, or one for each completion
+    example: Example
+    completions: list[list[int]] = dataclasses.field(default_factory=list)
+    weights: list[list[float]] = dataclasses.field(default_factory=list)
+
+    @property
+    def sizes(self) -> Int[np.ndarray, "4"]:
+        """Frames, windows of a frame, prompt tokens, completion tokens."""
+        pictures = self.example.vision
+        frames = sum(picture.grid[0] for picture in pictures)
+        windows = max((picture.patches.shape[1] for picture in pictures), default=0)
+        return np.array([frames, windows, len(self.example.tokens), max(map(len, self.completions), default=0)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How records become questions and gold answers.
+
+    `options` are keyword arguments of the tasks' `prompt` and `answer` (style, thinking, wording, form, ..); each
+    function gets those that it knows. `system` is the system turn; None: the template's own.
+    """
+
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    system: str | None = None
+
+    def question(self, record: Record) -> str:
+        """The user's text about a record of a task."""
+        return _call(_task(record).prompt, record, self.options)
+
+    def answer(self, record: Record) -> str:
+        """The gold completion, without the end of the turn."""
+        return _call(_task(record).answer, record, self.options)
+
+    def opening(self) -> list[Message]:
+        """The system turn, if there is one."""
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def conversation(self, record: Record) -> list[Message]:
+        """What the model is asked: a chat up to its last answer, or the record's pictures and then the question."""
+        if "messages" not in record:
+            content = [*pictures(record), {"type": "text", "text": self.question(record)}]
+            return [*self.opening(), {"role": "user", "content": content}]
+        messages = list(record["messages"])
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise InputError("messages: there is nothing to answer")
+        return self.with_opening(messages)
+
+    def with_opening(self, messages: Sequence[Message]) -> list[Message]:
+        """A chat with the system turn, unless it has its own."""
+        return list(messages) if messages[0]["role"] == "system" else [*self.opening(), *messages]
+
+
+def pictures(record: Record) -> list[dict[str, Any]]:
+    """The record's images, then its videos, as parts of a message."""
+    images = [{"type": "image", "image": image} for image in record.get("images", ())]
+    return images + [{"type": "video", "video": video} for video in record.get("videos", ())]
+
+
+def _task(record: Record) -> Any:
+    name = record.get("task")
+    if name not in tasks.names():
+        raise InputError(f"task: {shorten(name)} is unknown; use one of {', '.join(tasks.names())}, or give messages")
+    return tasks.get(name)
+
+
+def _call(function: Callable[..., str], record: Record, options: Mapping[str, Any]) -> str:
+    known = _parameters(function)
+    return function(record, **{key: value for key, value in options.items() if key in known})
+
+
+@functools.cache
+def _parameters(function: Callable[..., str]) -> frozenset[str]:
+    return frozenset(list(inspect.signature(function).parameters)[1:])
+
+
+# ---------------------------------------------------------------- what the model sees
+
+
+def sized(record: Record, pixels: PixelConfig) -> Record:
+    """A copy with `size` and, of a record with images, `resized`: what rewards and metrics need to read boxes.
+
+    Raises InputError where the image has another size than its annotations say, or they lie outside of it.
+    """
+    images = [part["image"] for part in _parts(record) if part["type"] == "image"]
+    if not images:
+        return dict(record)
+    actual = image_size(images[0])
+    size = list(record.get("size", actual))
+    if size != actual:
+        raise InputError(f"size: the image is {actual[0]} x {actual[1]}, its annotations are for {size[0]} x {size[1]}")
+    for field in ("box", "boxes", "points"):
+        values = np.asarray(record.get(field, ()), np.float64).reshape(-1, 2)
+        if not ((values >= -TOLERANCE) & (values <= np.array(size) + TOLERANCE)).all():
+            raise InputError(f"{field}: {shorten(record[field])} leaves the image of {size[0]} x {size[1]} pixels")
+    height, width = smart_resize(size[1], size[0], pixels.factor, pixels.min_pixels, pixels.max_pixels)
+    return {**record, "size": size, "resized": [width, height]}
+
+
+class Sized(Source):
+    """A source whose records went through `sized`, for evaluation without batches."""
+
+    def __init__(self, source: RecordSource, pixels: PixelConfig):
+        self.source, self.pixels, self.name = source, pixels, getattr(source, "name", "data")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def where(self, index: int) -> str:
+        return where(self.source, index)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.source[index]
+        try:
+            return sized(record, self.pixels)
+        except InputError as error:
+            raise InputError(f"{self.where(index)}: {error}") from None
+
+
+def _parts(record: Record) -> list[Mapping[str, Any]]:
+    if "messages" not in record:
+        return pictures(record)
+    return [p for m in record["messages"] if not isinstance(m["content"], str) for p in m["content"]]
+
+
+def cut(example: Example, length: int) -> Example:
+    """The first `length` tokens, which must hold all pictures. `text` is left whole."""
+    positions = example.positions[:, :length]
+    return dataclasses.replace(
+        example,
+        tokens=example.tokens[:length],
+        positions=positions,
+        next_position=int(positions.max()) + 1,
+        frame_of=example.frame_of[:length],
+        token_of=example.token_of[:length],
+    )
+
+
+def extend(example: Example, ids: Sequence[int]) -> Example:
+    """The example with more tokens of text at its end; `text` is left as it is."""
+    n, start = len(ids), example.next_position
+    line = np.broadcast_to(np.arange(start, start + n, dtype=np.int32), (3, n))
+    nothing = np.full(n, -1, np.int32)
+    return dataclasses.replace(
+        example,
+        tokens=np.concatenate([example.tokens, np.array(ids, np.int32)]),
+        positions=np.concatenate([example.positions, line], axis=1),
+        next_position=start + n,
+        frame_of=np.concatenate([example.frame_of, nothing]),
+        token_of=np.concatenate([example.token_of, nothing]),
+    )
+
+
+# ---------------------------------------------------------------- encoders
+
+
+class _Encoder:
+    """What prompts and answers have in common: (source, index, place in the order) -> Encoded."""
+
+    def __init__(self, processor: Processor, asking: Asking, buckets: Buckets):
+        self.processor, self.asking, self.buckets = processor, asking, buckets
+        self._prefixes: dict[tuple, Example] = {}
+        # what the template writes between question and answer, and after the answer
+        turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+        text = self.render(turns)
+        if text.count(_QUESTION) != 1 or text.count(_ANSWER) != 1:
+            raise InputError("the chat template does not keep texts as they are")
+        self.between, end = text.partition(_QUESTION)[2].split(_ANSWER)
+        self.end = end.rstrip()
+
+    def __getstate__(self):
+        return self.__dict__ | {"_prefixes": {}}
+
+    def prefix(self, record: Record) -> Example:
+        """The prompt of a task's record up to its last picture; without one, up to where the question begins.
+
+        The tokens depend on the sizes of the images alone, so they are kept.
+        """
+        config, opening = self.processor.model_config, self.asking.opening()
+        if record.get("images") and not record.get("videos"):
+            frames = [
+                image_frames(image, self.processor.pixel_config, f"image {k}")
+                for k, image in enumerate(record["images"])
+            ]
+            key = tuple(picture.grid for picture in frames)
+            if key in self._prefixes:
+                return dataclasses.replace(self._prefixes[key], vision=frames)
+        content = [*pictures(record), {"type": "text", "text": _QUESTION}]
+        example = self.processor.encode([*opening, {"role": "user", "content": content}], add_generation_prompt=False)
+        last = np.flatnonzero(example.tokens == config.vision_end_token_id)
+        if not len(last):
+            return cut(example, len(self.ids([example.text.partition(_QUESTION)[0]])[0]))
+        example = cut(example, int(last[-1]) + 1)
+        if not record.get("videos"):
+            if len(self._prefixes) >= KEPT_PREFIXES:
+                self._prefixes.clear()
+            self._prefixes[key] = dataclasses.replace(example, vision=[])
+        return example
+
+    def seen(self, record: Record, example: Example) -> Record:
+        """The record with `resized` where it has videos only."""
+        if "resized" in record or not example.vision:
+            return record
+        _, rows, columns = example.vision[0].grid
+        return {**record, "resized": [n * self.processor.pixel_config.patch_size for n in (columns, rows)]}
+
+    def checked(self, row: Encoded) -> Encoded:
+        """The row, if it fits the limit of prompts and the largest buckets."""
+        length, limit = len(row.example.tokens), self.processor.max_prompt_length
+        if length > limit:
+            seen = sum(picture.tokens for picture in row.example.vision)
+            raise InputError(
+                f"the prompt has {length} tokens, {seen} of them vision, and max_prompt_length is {limit}: "
+                "lower max_pixels, or raise the limit"
+            )
+        for field, size in zip(dataclasses.fields(self.buckets), row.sizes.tolist(), strict=True):
+            self.buckets.fit(field.name, size)
+        return row
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of texts. InputError where a text spells a picture's placeholder."""
+        found = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        config = self.processor.model_config
+        if any(i in (config.image_token_id, config.video_token_id) for row in found for i in row):
+            raise InputError("placeholder tokens of pictures must not be written in a text")
+        return found
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        return self.processor.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+
+class PromptEncoder(_Encoder):
+    """One record, one prompt: what is sampled from. The same as `processor.encode(asking.conversation(record))`."""
+
+    def __call__(self, source: RecordSource, index: int, place: int) -> Encoded:
+        record = sized(source[index], self.processor.pixel_config)
+        if "messages" in record or not pictures(record):
+            example = self.processor.encode(self.asking.conversation(record))
+        else:
+            example = extend(self.prefix(record), self.ids([self.asking.question(record) + self.between])[0])
+        return self.checked(Encoded(index, [self.seen(record, example)], example))
+
+
+class AnswerEncoder(_Encoder):
+    """Gold answers to learn, as G completions of one prompt.
+
+    Task records that share their pictures: the prompt ends with the pictures, so that it is the same for all, and a
+    completion is the question, the turn of the assistant and its answer:
+
+        prompt      <|im_start|>system ..<|im_end|> <|im_start|>user <|vision_start|> .. <|vision_end|>
+        completion  Output the .. <|im_end|> <|im_start|>assistant [{"bbox_2d": ..}]<|im_end|>
+        weights     0 0 0 0                                        1 1 1 1 1 1 1 1 1 1
+
+    Chats: the prompt ends where the first answer after the last picture begins, the completion is the rest; what the
+    assistant said before stays context. Answers are tokenised apart from what precedes them, as they are sampled.
+    """
+
+    def __init__(
+        self, processor: Processor, asking: Asking, buckets: Buckets, questions: int, seed: int, weigh: Weigh | None
+    ):
+        super().__init__(processor, asking, buckets)
+        self.questions, self.seed, self.weigh = questions, seed, weigh
+
+    def __call__(self, source: RecordSource, index: int, place: int) -> Encoded:
+        records = all_records(source, index)
+        if "messages" in records[0]:
+            return self._chat(index, sized(records[0], self.processor.pixel_config))
+        if len(records) > self.questions:
+            chosen = np.random.default_rng([self.seed, place]).permutation(len(records))[: self.questions]
+            records = [records[i] for i in sorted(chosen)]
+        return self._shared(index, [sized(record, self.processor.pixel_config) for record in records])
+
+    def _shared(self, index: int, records: list[Record]) -> Encoded:
+        prefix = self.prefix(records[0])
+        records = [self.seen(record, prefix) for record in records]
+        questions = [self.asking.question(record) + self.between for record in records]
+        answers = [self.asking.answer(record) + self.end for record in records]
+        ids = self.ids(questions + answers)
+        pairs = list(zip(ids[: len(records)], ids[len(records) :], strict=True))
+        weights = [[0.0] * len(q) + self._weights(record, a) for record, (q, a) in zip(records, pairs, strict=True)]
+        return self._filled(index, records, prefix, [question + answer for question, answer in pairs], weights)
+
+    def _filled(self, index: int, records: list[Record], example: Example, tokens: list, weights: list) -> Encoded:
+        """With empty completions up to G."""
+        rest: list[list] = [[]] * (self.questions - len(tokens))
+        return self.checked(Encoded(index, records, example, tokens + rest, weights + rest))
+
+    def _chat(self, index: int, record: Record) -> Encoded:
+        messages = self.asking.with_opening(record["messages"])
+        last = max((k for k, m in enumerate(messages) if _has_pictures(m)), default=-1)
+        answers = [k for k, m in enumerate(messages) if m["role"] == "assistant" and k > last]
+        if not answers or answers[0] == 0:
+            raise InputError("messages: there is no answer of the assistant after the last picture; nothing to learn")
+        example = self.processor.encode(messages[: answers[0]])
+        plain = [_without_pictures(message) for message in messages]
+        whole, at = self.render(plain[: answers[-1] + 1]).rstrip(), len(example.text)
+        pieces = []
+        for k in answers:
+            head = self.render(plain[:k], add_generation_prompt=True)
+            turn = self.render(plain[: k + 1]).rstrip()
+            if not (whole.startswith(turn) and turn.startswith(head) and len(head) >= at):
+                raise InputError("the chat template rewrites earlier turns; such a chat cannot be learned in one piece")
+            pieces += [whole[at : len(head)], whole[len(head) : len(turn)]]
+            at = len(turn)
+        ids = self.ids(pieces)
+        weights = [self._weights(record, piece) if k % 2 else [0.0] * len(piece) for k, piece in enumerate(ids)]
+        return self._filled(index, [self.seen(record, example)], example, [sum(ids, [])], [sum(weights, [])])
+
+    def _weights(self, record: Record, answer: list[int]) -> list[float]:
+        if self.weigh is None:
+            return [1.0] * len(answer)
+        weights = [float(weight) for weight in self.weigh(record, answer)]
+        if len(weights) != len(answer):
+            raise InputError(f"weigh: {len(weights)} weights for an answer of {len(answer)} tokens")
+        return weights
+
+
+def _has_pictures(message: Message) -> bool:
+    return not isinstance(message["content"], str) and any(part["type"] != "text" for part in message["content"])
+
+
+def _without_pictures(message: Message) -> Message:
+    if isinstance(message["content"], str):
+        return message
+    parts = [part if part["type"] == "text" else {"type": part["type"]} for part in message["content"]]
+    return {**message, "content": parts}
+
+
+def encode_texts(
+    processor: Processor, texts: Sequence[Sequence[str]], buckets: Buckets, end: str = "<|im_end|>"
+) -> Completions:
+    """Given answers [B][G] as completions to score after prompts; `end` is what the model writes after an answer."""
+    flat = [text + end for group in texts for text in group]
+    ids = iter(processor.tokenizer(flat, add_special_tokens=False)["input_ids"])
+    return collate_completions([[next(ids) for _ in group] for group in texts], buckets)
