@@ -29,7 +29,7 @@ from jaxmllm.tasks.detection import COCO_IDS
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # as COCOeval spells them
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
 AREAS = ("all", "small", "medium", "large")  # all; under 32 x 32; up to 96 x 96; above
-_CHUNK = 1 << 21  # resamples x thresholds x boxes held at a time
+_CHUNK = 1 << 20  # resamples x thresholds x boxes held at a time
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -196,7 +196,9 @@ def _ranking(row: Sequence[Mapping[str, Any] | None], images: int) -> Ranking:
             matched.append(entry["dtMatches"] > 0)
             ignored.append(entry["dtIgnore"].astype(bool))
     order = np.argsort(-np.concatenate(scores), kind="stable")
-    match, skip = (np.concatenate(parts, axis=1)[:, order] for parts in (matched, ignored))
+    match, skip = (np.concatenate(parts, axis=1) for parts in (matched, ignored))
+    order = order[~skip.all(0)[order]]  # a box that is ignored at every threshold changes nothing
+    match, skip = match[:, order], skip[:, order]
     return Ranking(np.concatenate(image)[order], match & ~skip, ~match & ~skip, targets)
 
 

@@ -76,7 +76,8 @@ def evaluate(
         limit: first records of each source to ask; None: all.
         options: of the task's functions: `style`, `thinking`, `rules`, ..
         config: what else decides the completions (checkpoint, data, decoding); plain values or a dataclass.
-        by: record field; the main figures are also given for each of its values. Counting: `label` unless given.
+        by: record field; the main figures are also given for each of its values, where these have 5 records on average.
+            Counting: `label` unless given.
         save_pictures: first records of each source whose picture is kept.
         n_resamples, confidence, seed: of the bootstrap intervals; for AP images are resampled.
         on_batch: called after every batch with (records done, records in all).

@@ -28,7 +28,7 @@ PRIMARY = {
 }
 LOWER_IS_BETTER = {"mae", "edit_distance", "repeat_4"}
 NEUTRAL = {"boxes", "words"}  # neither more nor less is better
-MAX_GROUPS = 100
+MAX_GROUPS, MIN_GROUP = 100, 5  # figures by group need so few groups, and so many records a group on average
 
 
 def direction(name: str) -> int:
@@ -76,7 +76,7 @@ def lines_statistic(lines: Sequence[Line]) -> tuple[list[str], Statistic]:
     """Names and statistic of the figures in the lines, those of each group included."""
     rows = [{name: _pair(value) for name, value in line["figures"].items()} for line in lines]
     groups = list(dict.fromkeys(line["group"] for line in lines if line["group"] is not None))
-    if 1 < len(groups) <= MAX_GROUPS:
+    if 1 < len(groups) <= min(MAX_GROUPS, len(lines) // MIN_GROUP):
         for row, line in zip(rows, lines, strict=True):
             if line["group"] is not None:
                 names = PRIMARY.get(line["task"]) or list(row)[:1]
