@@ -350,7 +350,7 @@ def check_cuts(variants):
                 assert abs(loss - wholes[name][0]) > 1e-6  # by definition
                 continue
             stacked = jax.tree.map(lambda x, y: jnp.stack([x, y]), first[name][1], second[name][1])
-            metrics = pool_metrics(stacked, tokens, v.options)
+            metrics = pool_metrics(stacked, tokens, v.options, "token_advantages" in v.uses)
             if "rollout_corr/ess" in metrics:  # no mean: pooled approximately
                 metrics["rollout_corr/ess"] = wholes[name][1]["rollout_corr/ess"]
             assert_same((loss, metrics, np.concatenate([first[name][2], second[name][2]])), wholes[name])

@@ -81,7 +81,7 @@ def accumulated_policy_loss(micro_batch_size, **fields):
             metrics.append(seen)
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *metrics)
         tokens = masked_count(counted, axis=1).reshape(steps, -1).sum(1)
-        return sum(losses), policy.pool_metrics(stacked, tokens, options)
+        return sum(losses), policy.pool_metrics(stacked, tokens, options, arrays["advantages"].ndim == 2)
 
     full, _ = policy.grpo_loss(logps, options=options, **arrays, **call)
     return {**with_gradient(accumulated, logps), "full_batch_loss": full}

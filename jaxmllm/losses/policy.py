@@ -251,18 +251,19 @@ def grpo_loss(
     return loss, stop(metrics)
 
 
-def pool_metrics(metrics: dict[str, Float[Array, "K"]], counted: Float[Array, "K"], options: GRPOOptions) -> Metrics:
+def pool_metrics(
+    metrics: dict[str, Float[Array, "K"]],
+    counted: Float[Array, "K"],
+    options: GRPOOptions,
+    token_advantages: bool = False,
+) -> Metrics:
     """Metrics of K equal micro-batches, stacked, as those of the whole batch; `counted` holds their counted tokens.
 
     `policy_loss` is summed; minima and maxima are taken over micro-batches that count a token; means over rows are
-    averaged; the rest, means over tokens, are weighted by `counted`. `ess` is approximate: it is no mean.
+    averaged; the rest, means over tokens, are weighted by `counted`. Approximate are `rollout_corr/ess`, which is no
+    mean, and `entropy_kept` under an entropy mask. `token_advantages`: advantages were per token.
     """
-    row_means = {"vespo/phi_seq_mean"}
-    if options.importance_sampling_level == "sequence" and options.loss_type != "gmpo":
-        row_means |= {f"clip_ratio/{name}_mean" for name in ("low", "high", "region")} | {"cispo_clip_ratio"}
-    if WEIGHT_MODES[options.importance_sampling_mode][0]:
-        row_means |= {f"sampling/{raw}importance_sampling_ratio/mean" for raw in ("", "raw_")}
-    row_means |= {f"rollout_corr/{name}" for name in _ROW_DIAGNOSTICS}
+    row_means = _row_means(options, token_advantages)
 
     def pool(name: str, values: Float[Array, "K"]) -> Scalar:
         if name == "policy_loss":
@@ -276,7 +277,17 @@ def pool_metrics(metrics: dict[str, Float[Array, "K"]], counted: Float[Array, "K
     return {name: pool(name, values) for name, values in metrics.items()}
 
 
-_ROW_DIAGNOSTICS = ("training_ppl", "rollout_ppl", "ppl_ratio", "log_ppl_abs_diff", "chi2_seq")
+def _row_means(options: GRPOOptions, token_advantages: bool) -> set[str]:
+    """Names of the metrics that are means over rows, not over counted tokens."""
+    diagnostics = ("training_ppl", "rollout_ppl", "ppl_ratio", "log_ppl_abs_diff", "chi2_seq")
+    names = {f"rollout_corr/{name}" for name in diagnostics}
+    if not token_advantages:
+        names.add("vespo/phi_seq_mean")
+        if options.importance_sampling_level == "sequence" and options.loss_type != "gmpo":
+            names |= {f"clip_ratio/{name}_mean" for name in ("low", "high", "region")} | {"cispo_clip_ratio"}
+    if WEIGHT_MODES[options.importance_sampling_mode][0]:
+        names |= {f"sampling/{raw}importance_sampling_ratio/mean" for raw in ("", "raw_")}
+    return names
 
 
 def _rollout_weights(
