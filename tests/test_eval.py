@@ -267,7 +267,7 @@ def test_gold_answers_score_one_in_original_pixels(tmp_path, style):
 
 
 def test_figures_are_the_tasks_own_and_files_say_the_same(tmp_path):
-    records = grounding_records(12) + counting_records(9)
+    records = grounding_records(12) + counting_records(20)
     texts = dict(zip([r["id"] for r in records], gold(records), strict=True))
     texts |= {"g0": "no box", "g1": '[{"bbox_2d": [0, 0, 500, 500], "label": "x"}]', "c0": texts["c1"], "c3": ""}
     got = evaluate(lambda b: [texts[r["id"]] for r in b], records, out_dir=tmp_path, batch_size=5, n_resamples=100)
@@ -384,15 +384,15 @@ def test_bad_input_gives_one_clear_error(tmp_path, change, message):
 
 def test_named_sources_pictures_and_groups(tmp_path):
     picture = Image.new("RGB", (640, 480), "red")
-    records = grounding_records(4, images=[picture], depth=1) + grounding_records(4, seed=1, depth=2)
+    records = grounding_records(5, images=[picture], depth=1) + grounding_records(5, seed=1, depth=2)
     records = [{**r, "id": i} for i, r in enumerate(records)]
     got = evaluate(
-        gold, {"a:b/../c": records, "plain": records[4:]}, out_dir=tmp_path, save_pictures=2, by="depth", n_resamples=20
+        gold, {"a:b/../c": records, "plain": records[5:]}, out_dir=tmp_path, save_pictures=2, by="depth", n_resamples=20
     )
     assert set(got.sources) == {"a:b/../c", "plain"}
     assert got.sources["a:b/../c"].figures["Acc@0.5/2"].value == 1
     kept = [line["picture"] for line in read_lines(tmp_path / "predictions.jsonl")]
-    assert [path is not None for path in kept] == [True, True] + [False] * 10
+    assert [path is not None for path in kept] == [True, True] + [False] * 13
     assert all(Path(path).parent == Path("pictures") for path in kept[:2])
     with Image.open(tmp_path / kept[0]) as small:
         assert max(small.size) == 320

@@ -197,7 +197,8 @@ def _ranking(row: Sequence[Mapping[str, Any] | None], images: int) -> Ranking:
             ignored.append(entry["dtIgnore"].astype(bool))
     order = np.argsort(-np.concatenate(scores), kind="stable")
     match, skip = (np.concatenate(parts, axis=1) for parts in (matched, ignored))
-    order = order[~skip.all(0)[order]]  # a box that is ignored at every threshold changes nothing
+    judged: Bool[np.ndarray, "D"] = np.any(~skip, axis=0)
+    order = order[judged[order]]  # a box that is ignored at every threshold changes nothing
     match, skip = match[:, order], skip[:, order]
     return Ranking(np.concatenate(image)[order], match & ~skip, ~match & ~skip, targets)
 
