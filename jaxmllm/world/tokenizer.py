@@ -111,15 +111,23 @@ _FIRST_WORDS = """
     captioning describe detect false frame future give image in json label match move null point predict
     referring relation say stay subject track trajectory true video visual yes
 """.split()
+# Added later: at the end, where each takes a spare id and moves no other.
+_LATER_PIECES = (
+    "Does this expression fit an object in the image? Expression:", "\nRelations:\nR", " \u2014 ", "\nR", " number", " none",
+    '\nIf it fits one, answer {"match": true, "bbox_2d": [x1, y1, x2, y2]} with the box of that object. If it fits none, '
+    'exactly one of the relations is wrong: answer {"match": false, "relation": "R1"} with its number. Write one JSON '
+    "object.",
+)  # fmt: skip
 
 
 def pieces() -> list[str]:
-    """All pieces of two bytes or more, in the order of their ids; add new ones at the end of `found`."""
+    """All pieces of two bytes or more, in the order of their ids."""
     world = dict.fromkeys(word for entry in _WORLD_WORDS for word in entry.split())
     found = [str(n) for n in range(10, LARGEST_INTEGER + 1)]
     found += [f"{n:03d}" for n in range(100)]  # trajectories are written with three digits
     found += [form for word in world for form in (" " + word, word)]
     found += [" " + word for word in _INNER_WORDS] + list(_FIRST_WORDS) + list(ANSWER_PIECES) + list(QUESTION_PIECES)
+    found += _LATER_PIECES
     found = [piece for piece in dict.fromkeys(found) if len(piece.encode()) > 1]
     return found + [f"<spare {k}>" for k in range(SIZE - 256 - len(SPECIAL_TOKENS) - len(found))]
 
