@@ -107,6 +107,13 @@ def test_identity_is_the_best_of_all_matchings(pred, gt, exclude, random):
     assert tr.identity_reward(renamed, gt, 0.5, exclude)["idf1"] == got["idf1"]
 
 
+def test_overlap_decides_where_hits_do_not():
+    far, near = {1: [8, 0, 18, 10]}, {1: [6, 0, 16, 10]}  # both below the threshold
+    for pred in ({1: far, 2: near}, {1: near, 2: far}):
+        got = tr.identity_reward(pred, {5: {1: [0, 0, 10, 10]}})
+        assert got["pairs"] == [[next(i for i, track in pred.items() if track is near), 5]] and got["idtp"] == 0
+
+
 def test_shotgun_of_tracks_costs_identity():
     gt = {1: {t: [t, 0, t + 4, 4] for t in range(1, 5)}}
     spam = {k: {t: [t + k, 0, t + k + 4, 4] for t in range(1, 5)} for k in range(10)}
@@ -262,6 +269,7 @@ def test_well_formed(text):
         f"<answer><Id1>Frame1:[1,2,3,{'9' * 400}]</Id1></answer>",
         f"<answer><Id1>{ENTRY};Frame2:[1,2,3]</Id1></answer>",  # looks like an entry, is none
         f"<answer><Id1>{ENTRY};Frame2</Id1></answer>",
+        f"<answer><Id1>{ENTRY};[5,6,7,8]</Id1></answer>",
     ],
 )
 def test_malformed(text):
@@ -378,9 +386,9 @@ def test_any_perfect_answer_gets_one(data):
 
 
 def test_contrast_bonus():
-    full, single = [0.9, 0.5, 0.4, 0.2], [0.4, 0.5]
+    full, single = [1.0, 0.5, 0.375, 0.125], [0.25, 0.5]
     np.testing.assert_allclose(tr.contrast_bonus(full, single), [0.3, 0.3, 0, 0])
-    np.testing.assert_allclose(tr.contrast_bonus(full, single, mu=0.05), 0)  # .5 is not above .45 + .05
+    np.testing.assert_allclose(tr.contrast_bonus(full, single, mu=0.125), 0)  # .5 is not above .375 + .125
     np.testing.assert_allclose(tr.contrast_bonus(full, [0.5]), 0)
     assert tr.contrast_bonus(full, []).tolist() == [0, 0, 0, 0]
 
