@@ -461,6 +461,7 @@ def test_direction_of_figures():
 
     assert (change("mae", 1), change("mae/cat", -1), change("IoU", 1)) == ("worse", "better", "better")
     assert (change("edit_distance", -1), change("boxes", 1)) == ("better", "")
+    assert (change("future_ade", 1), change("static_ade", 1), change("shade", 1)) == ("worse", "", "better")
     assert measure.Change("IoU", Interval(1), Interval(2), None).verdict == "unclear"
 
 

@@ -1,5 +1,6 @@
 """Figures with intervals from the lines of an evaluation; the change between two evaluations of the same records."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,16 +26,19 @@ PRIMARY = {
     "detection": ("AP", "AP50"),
     "ocr": ("edit_distance", "f1"),
     "captioning": ("capture",),
+    "tracks": ("reward", "traj"),
+    "foresight": ("ao", "ade"),
+    "relations": ("joint_acc", "match_acc"),
 }
-LOWER_IS_BETTER = {"mae", "edit_distance", "repeat_4"}
-NEUTRAL = {"boxes", "words"}  # neither more nor less is better
+LOWER_IS_BETTER = re.compile(r"mae|edit_distance|repeat_4|(.*_)?[af]de")
+NEUTRAL = re.compile(r"boxes|words|said_match|mrr_chance|(static|velocity)_.*")  # no aims, or not the model's
 MAX_GROUPS, MIN_GROUP = 100, 5  # figures by group need so few groups, and so many records a group on average
 
 
 def direction(name: str) -> int:
     """1 where a larger figure is better, -1 where a smaller one is, 0 where neither. `name` may end in /<group>."""
     name = name.partition("/")[0]
-    return 0 if name in NEUTRAL else -1 if name in LOWER_IS_BETTER else 1
+    return 0 if NEUTRAL.fullmatch(name) else -1 if LOWER_IS_BETTER.fullmatch(name) else 1
 
 
 @dataclass(frozen=True)
