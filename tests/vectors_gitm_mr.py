@@ -1,1 +1,95 @@
-FUNCTIONS = {}
+"""Names and fields of the gitm_mr vectors mapped to the library. One graph becomes a batch of one."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmllm.losses import matching
+from jaxmllm.model import propagation, rcrn
+from jaxmllm.tasks import relations
+
+
+def _array(values):
+    return jnp.asarray(values, jnp.float32)
+
+
+def _locations(i):
+    loc = rcrn.loc_feat(_array(i["boxes"]), _array([i["W"], i["H"]]))
+    out = {"loc": loc}
+    if "subj" in i:
+        out["rel"] = rcrn.rel_loc(loc[i["subj"]], loc[i["obj"]])
+    return out
+
+
+def _rel_loc(i):
+    return rcrn.rel_loc(_array(i["subj_loc"]), _array(i["obj_loc"]))
+
+
+def _sub_score(i):
+    return rcrn.sub_score(_array(i["V_unit"]), _array(i["l_unit"]), _array(i["W1"]).T, _array(i["b1"]),
+                          _array(i["w2"]).reshape(-1), _array(i["b2"]).reshape(()))
+
+
+def _unary_belief(i):
+    s_app = _array(i["s_app"])
+    valid = jnp.asarray(i.get("valid", np.ones(s_app.shape[-1])), bool)
+    return rcrn.unary_belief(s_app, _array(i["s_loc"]), _array(i["w_app"]), _array(i["w_loc"]), valid)
+
+
+def _scored_belief(i):
+    s_app = _sub_score(i)
+    return {"s_app": s_app, "belief": _unary_belief({**i, "s_app": s_app})}
+
+
+def _propagate(run):
+    def evaluate(i):
+        b_loc = _array(i["b_loc"])[None]
+        graphs = propagation.pad_graphs([(b_loc.shape[1], i["edges"], i.get("root", 0))])
+        real = None if i.get("valid") is None else jnp.asarray(i["valid"], bool)[None]
+        k, mode = i.get("K", 5), i.get("mode", "grd")
+        ctx = propagation.contexts(b_loc, graphs, k)
+        valid, rows = propagation.candidate_masks(b_loc, graphs, k, mode, real)
+        A = _array(i["A"]).reshape(1, len(i["edges"]) or 1, b_loc.shape[2], -1) if i["edges"] else jnp.zeros(
+            (1, 1, *rows.shape[2:], ctx.shape[2]))
+        b = run(b_loc, A, ctx, graphs, _array(i["gate"])[None], valid, rows)
+        n = len(i["edges"])
+        return {"ctx": ctx[0, :n], "b_out": b[0], "cand_valid": valid[0], "rows": rows[0, :n]}
+
+    return evaluate
+
+
+def _node_logit(i):
+    return rcrn.node_logit(_array(i["b"]), i.get("top", 5), _array(i["W1"]).T, _array(i["b1"]),
+                           _array(i["w2"]).reshape(-1), _array(i["b2"]).reshape(()))
+
+
+def _readout(i):
+    score = _array(i["score_bp"])[None]
+    graphs = propagation.pad_graphs([(score.shape[1], i["edges"], i.get("root", 0))])
+    itm, d, edge = propagation.readout(score, _array(i["score_td"])[None], graphs, i.get("mrr_on", "logit"))
+    return {"itm": itm[0], "d": d[0, :len(i["edges"])], "mrr_edge": edge[0]}
+
+
+def _losses(i):
+    proposal, gt_box = _array(i["proposal"]), _array(i["gt_box"])
+    out = matching.matching_losses(
+        _array(i["b_root"]), jnp.asarray(i["valid"], bool), jnp.asarray(i["gt_idx"]), i["scale"],
+        _array(i["match_logit"]), jnp.asarray(i["match"], bool), proposal, gt_box, _array(i["pred_delta"]),
+        i.get("weights"))
+    return out | {"target_delta": matching.encode_deltas(proposal, gt_box),
+                  "iou": matching.inclusive_iou(proposal, gt_box)}
+
+
+FUNCTIONS = {
+    "loc_feat+rel_loc": _locations,
+    "loc_feat": lambda i: _locations(i)["loc"],
+    "rel_loc": _rel_loc,
+    "sub_score->unary_belief": _scored_belief,
+    "sub_score": _sub_score,
+    "unary_belief": _unary_belief,
+    "bottom_up": _propagate(propagation.bottom_up),
+    "top_down": _propagate(propagation.top_down),
+    "node_logit": _node_logit,
+    "readout": _readout,
+    "losses": _losses,
+    "metrics": lambda i: relations.cascade_metrics(**i),
+}

@@ -1,0 +1,330 @@
+"""Matching with mismatched relations: does an expression fit the image, where, or which relation is wrong (GITM-MR).
+
+The model sees the image, the expression and its numbered relations, and answers with one JSON object: either
+`{"match": true, "bbox_2d": [x1, y1, x2, y2]}` or `{"match": false, "relation": "R2"}`, reasoning before it allowed, and
+optionally a trace `"nodes": [[x1, y1, x2, y2], ..]` and `"verdicts": [true, false, ..]`. Verdict, box and relation are
+scored in cascade: a box counts only under a right "match", a relation only under a right "mismatch" (gitm_mr.md 4, 7).
+
+A record holds `expression`, `entities` (phrases), `edges` [[subject, object], ..], `relations` (phrases), `root`,
+`match`, for matches the root's `box`, for mismatches the wrong edge `foil_pos` (-1 for matches) with `foil_phrase` and
+`target_phrase`; `length` in words; optional `twin`, shared by the two records of a pair; optional `scene` for the trace.
+Boxes of records are continuous: [x, y, x + w, y + h]. The published inclusive boxes [x, y, x + w - 1, y + h - 1] with
+their "+ 1" have the same IoU.
+
+Option `style`: the frame of the box's numbers, as everywhere; the form is JSON in both styles.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxmllm.geometry import Boxes
+from jaxmllm.tasks import answers
+from jaxmllm.tasks.relation_graphs import Oracle, chance_of_edges
+from jaxmllm.tasks.relation_phrases import parse_graph
+
+MAX_TRACE_WEIGHT = 0.2
+WORD_BINS = ((11, "11"), (16, "16"), (math.inf, "more"))  # words, up to -> name
+_KEYS = {"match", "bbox_2d", "relation", "nodes", "verdicts"}
+_QUESTION = (
+    "Does this expression fit an object in the image? Expression: {expression}\n{relations}\n"
+    'If it fits one, answer {{"match": true, "bbox_2d": [x1, y1, x2, y2]}} with the box of that object. If it fits none, '
+    "exactly one of the relations is wrong: answer {wrong}. Write one JSON object."
+)
+_TRACE = ' Add "nodes", a box for every phrase ({phrases}), and "verdicts", true or false for every relation, in order.'
+
+
+def relation_lines(record: Mapping[str, Any]) -> list[str]:
+    """`R1: red circle — left of — small square`, one line a relation."""
+    names = record["entities"]
+    return [f"R{n}: {names[s]} — {relation} — {names[o]}"
+            for n, ((s, o), relation) in enumerate(zip(record["edges"], record["relations"], strict=True), 1)]
+
+
+def prompt(
+    record: Mapping[str, Any], style: str = "qwen2_5_vl", thinking: bool = False, trace: bool = False
+) -> str:
+    """The question with the numbered relations and the two forms of the answer; `trace` also asks for the trace."""
+    answers.choose(style, answers.STYLES, "style")
+    lines = relation_lines(record)
+    wrong = '{"match": false, "relation": "R1"} with its number' if lines else '{"match": false}'
+    text = _QUESTION.format(
+        expression=record["expression"], relations="\n".join(["Relations:", *lines] if lines else []), wrong=wrong)
+    text += _TRACE.format(phrases=", ".join(record["entities"])) if trace else ""
+    return text + answers.THINKING_SUFFIX.replace(" (number)", "") if thinking else text
+
+
+def answer(
+    record: Mapping[str, Any], style: str = "qwen2_5_vl", thinking: bool = False, thought: str = ""
+) -> str:
+    """The gold answer: one JSON object on one line."""
+    frame = answers.STYLES[answers.choose(style, answers.STYLES, "style")].frame
+    if record["match"]:
+        box = answers.whole_boxes(Boxes.of(record, [record["box"]]).to(frame))[0].tolist()
+        body = f'{{"match": true, "bbox_2d": {box}}}'
+    elif record["edges"]:
+        body = f'{{"match": false, "relation": "R{record["foil_pos"] + 1}"}}'
+    else:
+        body = '{"match": false}'
+    return answers.wrap(body, thinking, thought)
+
+
+def parse(text: str, n_relations: int | None = None, thinking: bool = False) -> dict[str, Any] | None:
+    """The verdict of the last JSON object: `match`, `box` (four numbers or None), `relation` (from 0, or None), `nodes`,
+    `verdicts`; None if it does not obey the schema.
+
+    The schema: `match` is true or false; a box stands there if and only if it is true, a relation id (in range, if
+    `n_relations` is given) if and only if it is false and there are relations; nothing else but the trace. Never raises.
+    """
+    body = answers.content(text, thinking)
+    value = None if body is None else _last_object(body)
+    if value is None or not value.keys() <= _KEYS or not isinstance(value.get("match"), bool):
+        return None
+    match, box, relation = value["match"], answers.four_numbers(value.get("bbox_2d")), _edge(value.get("relation"))
+    if match and (box is None or "relation" in value):
+        return None
+    if not match:
+        optional = n_relations == 0 and "relation" not in value
+        in_range = relation is not None and relation < (math.inf if n_relations is None else n_relations)
+        if "bbox_2d" in value or not (optional or in_range):
+            return None
+    return {"match": match, "box": box, "relation": relation, "nodes": value.get("nodes"),
+            "verdicts": value.get("verdicts")}
+
+
+def _last_object(text: str) -> dict[str, Any] | None:
+    """The JSON object that the last closing brace of a text closes."""
+    end, depth = text.rfind("}"), 0
+    for at in range(end, -1, -1):
+        depth += (text[at] == "}") - (text[at] == "{")
+        if depth == 0:
+            value = answers.load_json(text[at : end + 1]) if at < end else None
+            return value if isinstance(value, dict) else None
+    return None
+
+
+def _edge(value: Any) -> int | None:
+    """Edge of `"R2"`, from 0."""
+    if not isinstance(value, str) or len(value) > 9 or value[:1] not in "Rr" or not value[1:].isdecimal():
+        return None
+    return int(value[1:]) - 1 if int(value[1:]) > 0 else None
+
+
+# ---- reward
+
+
+def reward(
+    text: str,
+    record: Mapping[str, Any],
+    style: str = "qwen2_5_vl",
+    thinking: bool = False,
+    trace_weight: float = 0.0,
+) -> dict[str, float]:
+    """`reward` = 0.1 format + 0.4 [verdict right] + 0.5 [verdict right] Q, in 0..1; 0 if the schema is broken.
+
+    Q is 0.5 [IoU > 0.5] + 0.5 IoU for a match, [relation right] for a mismatch. `trace_weight` w <= 0.2 is taken from the
+    last term: (0.5 - w) Q + w trace, see `trace_score`. Parts: `format`, `match`, `quality` (Q), `trace` if weighted.
+
+    Raises:
+        ValueError: trace_weight outside 0..0.2.
+    """
+    if not 0 <= trace_weight <= MAX_TRACE_WEIGHT:
+        raise ValueError(f"trace_weight must be within 0..{MAX_TRACE_WEIGHT}, got {trace_weight}")
+    said = parse(text, len(record["edges"]), thinking)
+    right = said is not None and said["match"] == bool(record["match"])
+    quality, trace = 0.0, 0.0
+    if right:
+        if said["match"]:
+            iou = _iou(said["box"], record, style)
+            quality = 0.5 * (iou > 0.5) + 0.5 * iou
+        else:
+            quality = float(said["relation"] == record["foil_pos"] or not record["edges"])
+        trace = trace_score(said, record, style) if trace_weight else 0.0
+    total = 0.1 * (said is not None) + 0.4 * right + (0.5 - trace_weight) * quality + trace_weight * trace
+    parts = {"reward": total, "format": float(said is not None), "match": float(right), "quality": quality}
+    return parts | ({"trace": trace} if trace_weight else {})
+
+
+def _iou(box: Sequence[float], record: Mapping[str, Any], style: str) -> float:
+    frame = answers.STYLES[answers.choose(style, answers.STYLES, "style")].frame
+    return float(Boxes.of(record, box, frame).to("pixel").iou(Boxes.of(record, record["box"])))
+
+
+def trace_score(said: Mapping[str, Any], record: Mapping[str, Any], style: str = "qwen2_5_vl") -> float:
+    """Share of the relations whose verdict agrees with the scene for the model's own node boxes; 0 without a trace.
+
+    Each node box stands for the object that it overlaps most, with IoU > 0.5. A relation whose nodes stand for no object
+    counts as wrong, one that the scene leaves undecided is not counted. Needs the record's `scene`.
+    """
+    nodes, verdicts, scene = said.get("nodes"), said.get("verdicts"), record.get("scene")
+    if scene is None or not isinstance(nodes, list) or not isinstance(verdicts, list):
+        return 0.0
+    boxes = [answers.four_numbers(node) for node in nodes]
+    if None in boxes or len(boxes) != len(record["entities"]) or len(verdicts) != len(record["edges"]):
+        return 0.0
+    frame = answers.STYLES[style].frame
+    objects = [o["box"] for o in scene["objects"]]
+    iou = Boxes.of(record, boxes, frame).to("pixel").pairwise_iou(Boxes.of(record, objects))
+    stands = [int(row.argmax()) if row.size and row.max() > 0.5 else None for row in iou]
+    oracle = Oracle(scene["objects"], scene["links"], scene["tau"], scene["near"])
+    agreed = []
+    for (s, o), relation, verdict in zip(record["edges"], scene["relations"], verdicts, strict=True):
+        i, j = stands[s], stands[o]
+        truth = -2 if i is None or j is None else int(oracle.table(relation)[i, j])
+        if truth != -1:
+            agreed.append(isinstance(verdict, bool) and truth == int(verdict))
+    return float(np.mean(agreed)) if agreed else 0.0
+
+
+# ---- measures
+
+
+def cascade_metrics(
+    match_gt: Sequence[int],
+    match_pred: Sequence[int],
+    iou: Sequence[float],
+    foil_gt: Sequence[int],
+    foil_pred: Sequence[int],
+    length: Sequence[int] | None = None,
+    max_train_len: int | None = None,
+    pair: Sequence[Any] | None = None,
+    n_edges: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """The published protocol, in percent: `all`, and with lengths `id` (length <= max_train_len) and `ood` alike.
+
+    Each holds `match_acc`; `grd_acc`, a match called a match with IoU > 0.5, over the matches; `mrr_acc`, a mismatch
+    called one with the right edge, over the mismatches; and `.._oracle` forms of both that ignore the verdict. An empty
+    denominator gives NaN. Beside them `overall_acc` (right box or right mismatch), `joint_acc` (mismatches also need the
+    edge), with lengths `gap` (id - ood), with `pair` (twins share a value) `pair_acc` (both jointly right), with
+    `n_edges` `mrr_chance`.
+    """
+    match, said = np.asarray(match_gt, bool), np.asarray(match_pred, bool)
+    hit = np.asarray(iou, np.float64) > 0.5
+    named = np.asarray(foil_gt) == np.asarray(foil_pred)
+
+    def percent(right, among):
+        return 100 * float(np.mean(right[among])) if among.any() else math.nan
+
+    def figures(subset):
+        matches, mismatches = subset & match, subset & ~match
+        return {
+            "match_acc": percent(match == said, subset),
+            "grd_acc": percent(said & hit, matches),
+            "grd_acc_oracle": percent(hit, matches),
+            "mrr_acc": percent(~said & named, mismatches),
+            "mrr_acc_oracle": percent(named, mismatches),
+        }
+
+    everything = np.ones(len(match), bool)
+    joint = np.where(match, said & hit, ~said & named)
+    out: dict[str, Any] = {
+        "all": figures(everything),
+        "overall_acc": percent(np.where(match, said & hit, ~said), everything),
+        "joint_acc": percent(joint, everything),
+    }
+    if length is not None and max_train_len is not None:
+        short = np.asarray(length) <= max_train_len
+        out |= {"id": figures(short), "ood": figures(~short)}
+        out["gap"] = {name: value - out["ood"][name] for name, value in out["id"].items()}
+    if pair is not None:
+        twins: dict[Any, bool] = {}
+        for key, right in zip(pair, joint.tolist(), strict=True):
+            twins[key] = twins.get(key, True) and right
+        out["pair_acc"] = 100 * float(np.mean(list(twins.values()))) if twins else math.nan
+    if n_edges is not None:
+        out["mrr_chance"] = 100 * chance_of_edges(np.asarray(n_edges)[~match].tolist())
+    return out
+
+
+def outcomes(
+    texts: Sequence[str], records: Sequence[Mapping[str, Any]], style: str = "qwen2_5_vl", thinking: bool = False
+) -> dict[str, list]:
+    """Arguments of `cascade_metrics` from completions. What cannot be read is wrong in every measure."""
+    rows: dict[str, list] = {name: [] for name in ("match_gt", "match_pred", "iou", "foil_gt", "foil_pred", "length")}
+    for text, record in zip(texts, records, strict=True):
+        said, match = parse(text, len(record["edges"]), thinking), bool(record["match"])
+        rows["match_gt"].append(match)
+        rows["match_pred"].append(not match if said is None else said["match"])
+        boxed = said is not None and said["match"] and match
+        rows["iou"].append(_iou(said["box"], record, style) if boxed else 0.0)
+        rows["foil_gt"].append(record["foil_pos"])
+        named = said is not None and not said["match"] and said["relation"] is not None
+        rows["foil_pred"].append(said["relation"] if named else -2)
+        rows["length"].append(record.get("length", len(record["expression"].split())))
+    return rows
+
+
+def metric(
+    texts: Sequence[str],
+    records: Sequence[Mapping[str, Any]],
+    style: str = "qwen2_5_vl",
+    thinking: bool = False,
+    max_train_len: int | None = None,
+) -> dict[str, float]:
+    """`cascade_metrics` as shares in 0..1 over completions, `format`, and `joint_acc` by edges and by words.
+
+    Names of the subsets: `id/match_acc`, `ood/..`, `gap/..` with `max_train_len`; `joint_acc/edges=3`,
+    `joint_acc/words<=16`. `said_match` is the share called a match: stop if it leaves 0.3..0.7 in training on pairs.
+    """
+    if not texts:
+        return {}
+    rows = outcomes(texts, records, style, thinking)
+    twins = [record.get("twin") for record in records]
+    complete = len(records) > 1 and None not in twins
+    edges = [len(record["edges"]) for record in records]
+    found = cascade_metrics(**rows, max_train_len=max_train_len, pair=twins if complete else None, n_edges=edges)
+    out = dict(found.pop("all"))
+    for name, value in found.items():
+        out |= {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    groups: dict[str, list[int]] = {}
+    for i, (count, words) in enumerate(zip(edges, rows["length"], strict=True)):
+        up_to = next(name for limit, name in WORD_BINS if words <= limit)
+        for group in (f"edges={count}", f"words={'17+' if up_to == 'more' else '<=' + up_to}"):
+            groups.setdefault(group, []).append(i)
+    for group in sorted(groups):
+        some = {name: [values[i] for i in groups[group]] for name, values in rows.items() if name != "length"}
+        out[f"joint_acc/{group}"] = cascade_metrics(**some)["joint_acc"]
+    readable = [parse(text, count, thinking) is not None for text, count in zip(texts, edges, strict=True)]
+    out |= {"format": 100 * float(np.mean(readable)), "said_match": 100 * float(np.mean(rows["match_pred"]))}
+    return {name: value / 100 for name, value in out.items() if math.isfinite(value)}
+
+
+# ---- reading a backbone without generation
+
+
+def triple_questions(record: Mapping[str, Any]) -> list[str]:
+    """A yes/no question per relation, for backbones that verify triples; score each by log p(yes) - log p(no)."""
+    names = record["entities"]
+    return [f"Is the {names[s]} {relation} the {names[o]}? Answer yes or no."
+            for (s, o), relation in zip(record["edges"], record["relations"], strict=True)]
+
+
+def triple_readout(margins: Sequence[float], threshold: float = 0.0) -> tuple[bool, int]:
+    """(match iff the least margin exceeds the threshold, the relation of least margin); (True, 0) without relations."""
+    if not len(margins):
+        return True, 0
+    return bool(min(margins) > threshold), int(np.argmin(margins))
+
+
+def fit_threshold(scores: Sequence[float], match: Sequence[bool]) -> float:
+    """The threshold of best accuracy for "match iff score > threshold" on validation data: the middle of the best gap.
+
+    Raises:
+        ValueError: no scores, or one that is not finite.
+    """
+    values, gold = np.asarray(scores, np.float64), np.asarray(match, bool)
+    if not values.size or not np.isfinite(values).all():
+        raise ValueError("a threshold needs finite scores")
+    cuts = np.unique(values)
+    cuts = np.concatenate([[cuts[0] - 1], (cuts[1:] + cuts[:-1]) / 2, [cuts[-1] + 1]])
+    return float(cuts[np.argmax([np.mean((values > cut) == gold) for cut in cuts])])
+
+
+PARSERS = {
+    "parse": parse,
+    "two relations": lambda text: parse(text, 2),
+    "thinking": lambda text: parse(text, 2, thinking=True),
+    "graph": lambda text: parse_graph(text, "red circle left of the small square"),
+}
