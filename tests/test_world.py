@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -305,6 +306,34 @@ def test_captions_say_what_is_there():
             assert holds(things[a], things[b], relation, 0, min(scene.size)), (record["caption"], a, relation, b)
             stated += 1
     assert stated > 20
+
+
+def test_relation_twins_are_right_and_wrong():
+    """Matched expressions have one referent, their twins none, by trying every assignment of objects to nodes."""
+    spec = dataclasses.replace(DEFAULT_SPECS["relations"], depth=(1, 3), objects=(4, 6))
+    source = WorldSource("relations", "test", spec=spec, questions=2)
+    first = []
+    for i in range(40):
+        objects, twins = source.content(i).objects, source.records(i)
+        first.append(twins[0]["match"])
+        assert twins[0]["match"] != twins[1]["match"] and twins[0]["edges"] == twins[1]["edges"]
+        assert twins[0]["twin"] == twins[1]["twin"]
+        for record in twins:
+            words = [set(name.split()) - {"object"} for name in record["entities"]]
+            fits = [
+                {k for k, o in enumerate(objects) if wanted <= {o.size, o.texture, o.colour, o.shape}} for wanted in words
+            ]
+            roots = set()
+            for chosen in itertools.permutations(range(len(objects)), len(words)):
+                if all(chosen[n] in fits[n] for n in range(len(words))) and all(
+                    holds(objects[chosen[a]], objects[chosen[b]], relation, 0, min(spec.size))
+                    for (a, b), relation in zip(record["edges"], record["scene"]["relations"], strict=True)
+                ):
+                    roots.add(chosen[record["root"]])
+            assert len(roots) == record["match"], record["expression"]
+            if record["match"]:
+                assert record["box"] == list(objects[roots.pop()].box)
+    assert 10 < sum(first) < 30
 
 
 GOLDEN = {

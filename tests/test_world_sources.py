@@ -114,6 +114,25 @@ def test_actions_are_what_the_boxes_do():
     assert texts == {STILL, *MOTIONS}
 
 
+def test_foresight_asks_for_later_frames_and_tells_nothing_of_them():
+    source = WorldSource("foresight", spec=ClipSpec(frames=3, horizon=3, turn=1.0), questions=2)
+    horizons, absent, later = set(), 0, 0
+    for i in range(40):
+        clip = source.content(i)
+        for record in source.records(i):
+            assert len(record["images"]) == len(record["frames"]) == 3
+            assert all(len(track["boxes"]) == 6 for track in record["tracks"])
+            horizons.add(record["query"].get("horizon", 0))
+            absent += "absent" in record["query"]
+            if "absent" in record["query"]:
+                assert not any(record["query"]["absent"] in track["names"] for track in record["tracks"])
+            shown = {a["text"] for track in record["tracks"] for a in track["action"] if a["span"][0] <= 3}
+            told = {text for text in (STILL, *MOTIONS) if text in record["caption"]}
+            assert told == shown
+            later += any(a[0] > 3 for mover in clip.movers for a in mover.actions)
+    assert horizons == {0, 3} and absent and later
+
+
 # --- sources --------------------------------------------------------------------------------------------------------
 
 

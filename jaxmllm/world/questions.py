@@ -4,15 +4,16 @@ A record is a plain dict with `id`, `task`, `images`, `size` and the fields of i
 left side, then upper side, so that an answer that lists them has one right order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import cached_property
 from typing import Any
 
 from jaxmllm.errors import InputError
-from jaxmllm.tasks import foresight_records
+from jaxmllm.tasks import foresight_records, relation_graphs
 from jaxmllm.tasks import tracks as task_tracks
+from jaxmllm.tasks.relation_graphs import Graph, Oracle, relation_record
 from jaxmllm.world.clips import Clip
-from jaxmllm.world.expressions import Referring, spoken
+from jaxmllm.world.expressions import NEAR, Referring, spoken
 from jaxmllm.world.pages import Page
 from jaxmllm.world.scenes import ATTRIBUTES, Scene, SceneObject, SceneSpec, phrase
 from jaxmllm.world.streams import Stream
@@ -36,8 +37,10 @@ class SceneQuestions:
     """
 
     def __init__(self, scene: Scene, stream: Stream):
-        self.objects, self.spec, self.stream = scene.objects, scene.spec, stream
+        self.objects, self.spec, self.address, self.stream = scene.objects, scene.spec, scene.address, stream
         self.referring = Referring(scene.objects, scene.spec)
+        self._twin: Record | None = None  # the second question of a pair, not asked yet
+        self._spare: tuple[Graph, Graph, int] | None = None  # used when chance finds no other pair
         self._sorted = in_order(scene.objects, range(len(scene.objects)))
 
     @cached_property
@@ -45,10 +48,15 @@ class SceneQuestions:
         """The order in which objects are asked about."""
         return self.stream.shuffled(range(len(self.objects)))
 
-    @property
-    def answerable(self) -> bool:
-        """Whether the scene has expressions of every depth that the spec asks for."""
-        return all(self.referring.targets(depth) for depth in range(self.spec.depth[0], self.spec.depth[1] + 1))
+    def answerable(self, tasks: Container[str]) -> bool:
+        """Whether the scene has expressions with every number of relations that the spec asks for."""
+        depths = range(self.spec.depth[0], self.spec.depth[1] + 1)
+        if "grounding" in tasks and not all(self.referring.targets(depth) for depth in depths):
+            return False
+        if "relations" in tasks:
+            self._spare = self._pair()
+            return self._spare is not None
+        return True
 
     def grounding(self, k: int) -> Record:
         """`expression` fits exactly one object, whose `box` it is; `depth` counts its relations."""
@@ -88,6 +96,42 @@ class SceneQuestions:
             "boxes": [list(thing.box) for thing in things],
             "labels": [thing.name(self.spec.category) for thing in things],
         }
+
+    def relations(self, k: int) -> Record:
+        """An expression that fits one object (`match`, with its `box`) or, with one relation replaced, none (`foil_pos`).
+
+        The fields are those of `tasks.relation_graphs.relation_record`. Questions come in twins on the same picture, the
+        true and the false one in random order.
+        """
+        if self._twin is None:
+            pair = self._pair() or self._spare
+            assert pair is not None  # see `answerable`
+            graph, foil, wrong = pair
+            verbosity = self.stream.integer(*self.spec.verbosity)
+            twins = self.stream.shuffled((
+                relation_record(self._oracle, graph, verbosity=verbosity),
+                relation_record(self._oracle, foil, wrong, graph.relations[wrong], verbosity),
+            ))  # fmt: skip
+            name = "-".join(map(str, (*self.address, k)))
+            twins = [twin | {"twin": name} for twin in twins]
+            self._twin = twins[1]
+            return twins[0]
+        record, self._twin = self._twin, None
+        return record
+
+    @cached_property
+    def _oracle(self) -> Oracle:
+        things = [{name: getattr(o, name) for name in ATTRIBUTES} | {"box": list(o.box)} for o in self.objects]
+        shorter = min(self.spec.size)
+        return Oracle(things, tau=self.spec.margin * shorter, near=NEAR * shorter)
+
+    def _pair(self) -> tuple[Graph, Graph, int] | None:
+        """A matched and a mismatched expression graph and the wrong edge; None if chance finds none."""
+        edges = self.stream.integer(max(1, self.spec.depth[0]), max(1, self.spec.depth[1]))
+        shape = self.stream.choice(relation_graphs.SHAPES)
+        return relation_graphs.sample_pair(
+            self._oracle, edges, shape, self.stream.generator(), self.spec.relations, tries=20
+        )
 
     def captioning(self, k: int) -> Record:
         """`caption` names every object, then relations of objects that can be told apart.
@@ -160,7 +204,8 @@ def ocr(page: Page) -> Record:
 def clip_fields(clip: Clip) -> Record:
     """`frames`, `caption` and `tracks` as in the tracks task; identities are numbered by the first box's left side.
 
-    A track has the boxes of all frames, those after the last shown one included.
+    A track has the boxes, places and actions of all frames, those after the last shown one included; the caption tells
+    the shown ones only.
     """
     order = sorted(range(len(clip.movers)), key=lambda i: clip.movers[i].thing.box[:2])
     tracks: list[Record] = []
@@ -181,7 +226,8 @@ def clip_fields(clip: Clip) -> Record:
             }
         )
         name = thing.name()
-        deeds = " and then ".join(action["text"] for action in actions)
+        # what is not shown yet is not told
+        deeds = " and then ".join(action["text"] for action in actions if action["span"][0] <= clip.spec.frames)
         story.append(f"{'An' if name[0] in 'aeiou' else 'A'} {name} is {deeds}.")
     return {
         "fps": clip.spec.fps,

@@ -38,7 +38,10 @@ class SceneSpec:
     noise: float = 4.0  # standard deviation of the pixel noise, levels of 255
     colour_jitter: int = 10  # largest change of a colour channel, levels
     repeat: float = 0.0  # chance that an object copies the look (not the place) of an earlier one: more to count
-    depth: tuple[int, int] = (0, 0)  # fewest and most relations in a referring expression; 0: attributes only
+    # fewest and most relations of an expression: in a chain for grounding (0: attributes only), in a tree for the
+    # relations task (which needs one at least)
+    depth: tuple[int, int] = (0, 0)
+    verbosity: tuple[int, int] = (0, 2)  # least and most wordy form of expressions in the relations task, 0..2
     relations: tuple[str, ...] = SPATIAL  # of RELATIONS; used in expressions, captions and relation records
     margin: float = 0.03  # dead zone of relations, share of the shorter side; pairs inside it are never asked about
     zero_counts: float = 0.0  # share of counting questions that ask for something absent
@@ -52,7 +55,7 @@ class SceneSpec:
             values = getattr(self, field)
             if isinstance(values, str) or not values or not set(values) <= set(known):
                 raise InputError(f"SceneSpec.{field}: {values!r} must be a non-empty tuple of {', '.join(known)}")
-        for field, low, high in (("objects", 1, 30), ("depth", 0, 4)):
+        for field, low, high in (("objects", 1, 30), ("depth", 0, 6), ("verbosity", 0, 2)):
             pair = getattr(self, field)
             if len(pair) != 2 or not low <= pair[0] <= pair[1] <= high:
                 raise InputError(f"SceneSpec.{field}: {pair!r} must be (fewest, most) within {low}..{high}")

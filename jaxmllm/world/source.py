@@ -26,7 +26,9 @@ DEFAULT_SPECS: dict[str, Spec] = {
     "counting": SceneSpec(objects=(2, 8), sizes=(("small", 0.12, 0.16), ("large", 0.22, 0.28)), repeat=0.5),
     "detection": SceneSpec(),
     "captioning": SceneSpec(),
-    "relations": SceneSpec(objects=(5, 8), sizes=(("small", 0.1, 0.14), ("large", 0.2, 0.26)), repeat=0.2),
+    "relations": SceneSpec(
+        objects=(5, 8), sizes=(("small", 0.1, 0.14), ("large", 0.2, 0.26)), repeat=0.2, depth=(1, 2)
+    ),
     "ocr": PageSpec(),
     "tracks": ClipSpec(),
     "foresight": ClipSpec(frames=4, horizon=2),
@@ -40,7 +42,9 @@ class WorldSource:
     """Records of the procedural world; a random-access data source for Grain, picklable.
 
     Item i depends on (task, split, seed, i, spec) only: not on `length`, other items, the process or the machine. The
-    picture does not depend on the task, so several tasks can ask about the same one.
+    picture does not depend on the task, so several tasks can ask about the same one; only a scene that does not allow
+    the wanted expressions is drawn anew. (Which relation, track or foresight
+    query is drawn comes from numpy's Generator, whose values numpy may change in a release; nothing else does.)
 
     >>> source = WorldSource("grounding", split="val", length=512)
     >>> record = source[7]                       # {"id", "task", "images", "size", "expression", "box", ..}
@@ -117,7 +121,7 @@ class WorldSource:
         for attempt in range(_ATTEMPTS):
             scene = make_scene(spec, *address, attempt)
             questions = SceneQuestions(scene, Stream(*address, QUESTIONS))
-            if questions.answerable:
+            if questions.answerable(self._weights):
                 return scene, questions
         raise InputError(
             f"SceneSpec.depth: {spec.depth!r} relations were not possible in {_ATTEMPTS} scenes of {spec.objects} "
