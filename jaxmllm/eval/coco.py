@@ -29,7 +29,7 @@ from jaxmllm.tasks.detection import COCO_IDS
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # as COCOeval spells them
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
 AREAS = ("all", "small", "medium", "large")  # all; under 32 x 32; up to 96 x 96; above
-_CHUNK = 1 << 20  # resamples x thresholds x boxes held at a time
+_CHUNK = 1 << 18  # resamples x boxes worked on at a time
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -135,23 +135,24 @@ def average_precision(ranking: Ranking, counts: Int[np.ndarray, "R N"]) -> Float
 
     Equal to COCOeval's `accumulate` where all counts are 1. NaN where no true box is left.
     """
-    thresholds, boxes = ranking.hit.shape
-    total = counts @ ranking.targets
-    out = np.where(total[:, None] > 0, np.zeros((len(counts), thresholds)), np.nan)
-    if not boxes:
-        return out
-    rows = max(_CHUNK // (thresholds * boxes), 1)
-    for start in range(0, len(counts), rows):
-        weight = counts[start : start + rows, None, ranking.image]
-        true = np.cumsum(weight * ranking.hit, axis=-1).astype(np.float64)
-        false = np.cumsum(weight * ranking.miss, axis=-1)
-        precision = true / (false + true + np.spacing(1))
-        best = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1]
-        recall = true / np.maximum(total[start : start + rows], 1)[:, None, None]
-        reached = np.searchsorted(RECALL_THRESHOLDS, recall, side="right")
-        area = (best * np.diff(reached, axis=-1, prepend=0)).sum(-1) / len(RECALL_THRESHOLDS)
-        out[start : start + rows] = np.where(np.isnan(out[start : start + rows]), np.nan, area)
-    return out
+    rows = max(_CHUNK // max(ranking.hit.shape[1], 1), 1)
+    if len(counts) > rows:
+        parts = [average_precision(ranking, counts[at : at + rows]) for at in range(0, len(counts), rows)]
+        return np.concatenate(parts)
+    total = (counts @ ranking.targets)[:, None]
+    weight = counts[:, ranking.image]
+    every = np.cumsum(weight, axis=-1)
+    out = np.zeros((len(counts), len(ranking.hit)))
+    for t, (hit, miss) in enumerate(zip(ranking.hit, ranking.miss, strict=True)):
+        judged = hit | miss
+        seen = every if judged.all() else np.cumsum(weight * judged, axis=-1)
+        # recall rises, and precision peaks, at hits only
+        true = np.cumsum(weight[:, hit], axis=-1).astype(np.float64)
+        precision = true / (seen[:, hit] + np.spacing(1))
+        best = np.maximum.accumulate(precision[:, ::-1], axis=-1)[:, ::-1]
+        reached = np.searchsorted(RECALL_THRESHOLDS, true / np.maximum(total, 1), side="right")
+        out[:, t] = (best * np.diff(reached, axis=-1, prepend=0)).sum(-1) / len(RECALL_THRESHOLDS)
+    return np.where(total > 0, out, np.nan)
 
 
 def rankings(truth: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Ranking]:
@@ -197,8 +198,7 @@ def _ranking(row: Sequence[Mapping[str, Any] | None], images: int) -> Ranking:
             ignored.append(entry["dtIgnore"].astype(bool))
     order = np.argsort(-np.concatenate(scores), kind="stable")
     match, skip = (np.concatenate(parts, axis=1) for parts in (matched, ignored))
-    judged: Bool[np.ndarray, "D"] = np.any(~skip, axis=0)
-    order = order[judged[order]]  # a box that is ignored at every threshold changes nothing
+    order = order[np.any(~skip[:, order], axis=0)]  # a box that is ignored at every threshold changes nothing
     match, skip = match[:, order], skip[:, order]
     return Ranking(np.concatenate(image)[order], match & ~skip, ~match & ~skip, targets)
 
