@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -53,9 +54,18 @@ class Asking:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     system: str | None = None
 
-    def question(self, record: Record) -> str:
-        """The user's text about a record of a task."""
-        return _call(_task(record).prompt, record, self.options)
+    def __post_init__(self):
+        known = {name for task in map(tasks.get, tasks.names()) for f in _functions(task) for name in _parameters(f)}
+        for name in self.options:
+            if name not in known:
+                raise InputError(f"option {name!r} is known to no task; known are {', '.join(sorted(known))}")
+
+    def parts(self, record: Record) -> list[dict[str, Any]]:
+        """The user's message about a record of a task: its pictures and then the question, or as the task places them."""
+        task = _task(record)
+        if hasattr(task, "content"):
+            return _call(task.content, record, self.options)
+        return [*pictures(record), {"type": "text", "text": _call(task.prompt, record, self.options)}]
 
     def answer(self, record: Record) -> str:
         """The gold completion, without the end of the turn."""
@@ -68,8 +78,7 @@ class Asking:
     def conversation(self, record: Record) -> list[Message]:
         """What the model is asked: a chat up to its last answer, or the record's pictures and then the question."""
         if "messages" not in record:
-            content = [*pictures(record), {"type": "text", "text": self.question(record)}]
-            return [*self.opening(), {"role": "user", "content": content}]
+            return [*self.opening(), {"role": "user", "content": self.parts(record)}]
         messages = list(record["messages"])
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
@@ -88,20 +97,24 @@ def pictures(record: Record) -> list[dict[str, Any]]:
     return images + [{"type": "video", "video": video} for video in record.get("videos", ())]
 
 
-def _task(record: Record) -> Any:
+def _task(record: Record) -> ModuleType:
     name = record.get("task")
     if name not in tasks.names():
         raise InputError(f"task: {shorten(name)} is unknown; use one of {', '.join(tasks.names())}, or give messages")
     return tasks.get(name)
 
 
-def _call(function: Callable[..., str], record: Record, options: Mapping[str, Any]) -> str:
+def _functions(task: ModuleType) -> list[Callable[..., Any]]:
+    return [getattr(task, name) for name in ("prompt", "answer", "content") if hasattr(task, name)]
+
+
+def _call(function: Callable[..., Any], record: Record, options: Mapping[str, Any]) -> Any:
     known = _parameters(function)
     return function(record, **{key: value for key, value in options.items() if key in known})
 
 
 @functools.cache
-def _parameters(function: Callable[..., str]) -> frozenset[str]:
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(list(inspect.signature(function).parameters)[1:])
 
 
@@ -202,27 +215,33 @@ class _Encoder:
     def __getstate__(self):
         return self.__dict__ | {"_prefixes": {}}
 
-    def prefix(self, record: Record) -> Example:
-        """The prompt of a task's record up to its last picture; without one, up to where the question begins.
+    def split(self, record: Record) -> tuple[list[dict[str, Any]], str]:
+        """The parts of a task's message up to the last picture, and the text after it."""
+        parts = self.asking.parts(record)
+        end = 1 + max((k for k, part in enumerate(parts) if part["type"] != "text"), default=-1)
+        return parts[:end], "".join(part["text"] for part in parts[end:])
 
-        The tokens depend on the sizes of the images alone, so they are kept.
+    def prefix(self, parts: list[dict[str, Any]]) -> Example:
+        """The prompt up to its last picture; without one, up to where the question begins.
+
+        With images its tokens depend on the sizes and the texts alone, so they are kept.
         """
-        config, opening = self.processor.model_config, self.asking.opening()
-        if record.get("images") and not record.get("videos"):
-            frames = [
-                image_frames(image, self.processor.pixel_config, f"image {k}")
-                for k, image in enumerate(record["images"])
-            ]
-            key = tuple(picture.grid for picture in frames)
+        key, frames = None, []
+        if parts and all(part["type"] != "video" for part in parts):
+            images = [part["image"] for part in parts if part["type"] == "image"]
+            pixels = self.processor.pixel_config
+            frames = [image_frames(image, pixels, f"image {k}") for k, image in enumerate(images)]
+            key = (*(picture.grid for picture in frames), *(part.get("text") for part in parts))
             if key in self._prefixes:
                 return dataclasses.replace(self._prefixes[key], vision=frames)
-        content = [*pictures(record), {"type": "text", "text": _QUESTION}]
-        example = self.processor.encode([*opening, {"role": "user", "content": content}], add_generation_prompt=False)
-        last = np.flatnonzero(example.tokens == config.vision_end_token_id)
-        if not len(last):
+        content = [*parts, {"type": "text", "text": _QUESTION}]
+        turns = [*self.asking.opening(), {"role": "user", "content": content}]
+        example = self.processor.encode(turns, add_generation_prompt=False)
+        if not parts:
             return cut(example, len(self.ids([example.text.partition(_QUESTION)[0]])[0]))
-        example = cut(example, int(last[-1]) + 1)
-        if not record.get("videos"):
+        ends = np.flatnonzero(example.tokens == self.processor.model_config.vision_end_token_id)
+        example = cut(example, int(ends[-1]) + 1)
+        if key is not None:
             if len(self._prefixes) >= KEPT_PREFIXES:
                 self._prefixes.clear()
             self._prefixes[key] = dataclasses.replace(example, vision=[])
@@ -270,15 +289,17 @@ class PromptEncoder(_Encoder):
         if "messages" in record or not pictures(record):
             example = self.processor.encode(self.asking.conversation(record))
         else:
-            example = extend(self.prefix(record), self.ids([self.asking.question(record) + self.between])[0])
+            parts, question = self.split(record)
+            example = extend(self.prefix(parts), self.ids([question + self.between])[0])
         return self.checked(Encoded(index, [self.seen(record, example)], example))
 
 
 class AnswerEncoder(_Encoder):
     """Gold answers to learn, as G completions of one prompt.
 
-    Task records that share their pictures: the prompt ends with the pictures, so that it is the same for all, and a
-    completion is the question, the turn of the assistant and its answer:
+    Task records that share their pictures: the prompt ends with the last of them, so that it is the same for all, and a
+    completion is the question, the turn of the assistant and its answer. (Records that place other texts between the
+    pictures than the first one does are left out.)
 
         prompt      <|im_start|>system ..<|im_end|> <|im_start|>user <|vision_start|> .. <|vision_end|>
         completion  Output the .. <|im_end|> <|im_start|>assistant [{"bbox_2d": ..}]<|im_end|>
@@ -304,9 +325,11 @@ class AnswerEncoder(_Encoder):
         return self._shared(index, [sized(record, self.processor.pixel_config) for record in records])
 
     def _shared(self, index: int, records: list[Record]) -> Encoded:
-        prefix = self.prefix(records[0])
-        records = [self.seen(record, prefix) for record in records]
-        questions = [self.asking.question(record) + self.between for record in records]
+        asked = [self.split(record) for record in records]
+        prefix = self.prefix(asked[0][0])
+        same = [k for k, (parts, _) in enumerate(asked) if _texts(parts) == _texts(asked[0][0])]
+        records = [self.seen(records[k], prefix) for k in same]
+        questions = [asked[k][1] + self.between for k in same]
         answers = [self.asking.answer(record) + self.end for record in records]
         ids = self.ids(questions + answers)
         pairs = list(zip(ids[: len(records)], ids[len(records) :], strict=True))
@@ -346,6 +369,10 @@ class AnswerEncoder(_Encoder):
         if len(weights) != len(answer):
             raise InputError(f"weigh: {len(weights)} weights for an answer of {len(answer)} tokens")
         return weights
+
+
+def _texts(parts: list[dict[str, Any]]) -> list[str | None]:
+    return [part.get("text") for part in parts]
 
 
 def _has_pictures(message: Message) -> bool:

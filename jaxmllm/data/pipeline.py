@@ -13,6 +13,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from jaxtyping import Int
 
 from jaxmllm.data.chat import Buckets, Processor, collate, collate_completions
@@ -201,6 +202,8 @@ class Batches:
         ahead = dataset.to_iter_dataset(self._reading)
         if not self._workers:
             return ahead
+        if not flags.FLAGS.is_parsed():  # Grain reads its flags, which nobody parses outside of absl programs
+            flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=self._reading.prefetch_buffer_size)
         return ahead.mp_prefetch(options)
 
