@@ -62,6 +62,43 @@ def test_defaults_and_published_settings_are_valid_and_hashable():
         assert hash(options) == hash(dataclasses.replace(options))
 
 
+def test_defaults_are_those_of_trl():
+    """grpo.md section 9; rollout correction is TRL's `vllm_importance_sampling_...`."""
+    trl = {
+        "num_generations": 8,
+        "max_completion_length": 512,
+        "loss_type": "dapo",
+        "importance_sampling_level": "token",
+        "epsilon": 0.2,
+        "epsilon_high": None,
+        "delta": None,
+        "beta": 0.0,
+        "scale_rewards": "group",
+        "multi_objective_aggregation": "sum_then_normalize",
+        "reward_weights": None,
+        "mask_truncated_completions": False,
+        "top_entropy_quantile": 1.0,
+        "entropy_coef": 0.0,
+        "use_adaptive_entropy": False,
+        "entropy_target": 0.2,
+        "entropy_coef_delta": 0.005,
+        "entropy_coef_min": 0.0,
+        "entropy_coef_max": 1.0,
+        "sapo_temperature_pos": 1.0,
+        "sapo_temperature_neg": 1.05,
+        "sync_ref_model": False,
+        "ref_model_mixup_alpha": 0.6,
+        "ref_model_sync_steps": 512,
+        "off_policy_mask_threshold": None,
+        "use_bias_correction_kl": False,
+        "importance_sampling_correction": True,
+        "importance_sampling_mode": "sequence_mask",
+        "importance_sampling_clip_min": None,
+        "importance_sampling_clip_max": 3.0,
+    }
+    assert trl.items() <= dataclasses.asdict(GRPOOptions()).items()
+
+
 def test_names_offered_by_the_options_are_the_names_of_the_tables():
     hints = {name: set(typing.get_args(hint)) for name, hint in typing.get_type_hints(GRPOOptions).items()}
     assert hints["loss_type"] == LOSS_TYPES.keys()
@@ -79,6 +116,7 @@ def test_names_offered_by_the_options_are_the_names_of_the_tables():
         (GRPOOptions(beta=0.1), "ref_logps"),
         (GRPOOptions(top_entropy_quantile=0.5), "entropies"),
         (GRPOOptions(entropy_coef=0.5), "entropies"),
+        (GRPOOptions(use_adaptive_entropy=True), "entropy_coef"),
         (GRPOOptions(loss_type="dr_grpo", max_completion_length=None), "max_completion_length"),
         (GRPOOptions(loss_type="ppo"), "loss_type"),
         (GRPOOptions(importance_sampling_level="word"), "importance_sampling_level"),

@@ -53,7 +53,7 @@ def test_aggregation_modes(mode):
     dirty = jnp.where(mask, loss, jnp.nan)
     np.testing.assert_allclose(surrogates.aggregate_loss(dirty, jnp.asarray(mask), mode), want)
     assert surrogates.aggregate_loss(dirty, jnp.zeros((B, T)), mode) == 0
-    scaled = surrogates.aggregate_loss(dirty, jnp.asarray(mask), mode, loss_scale_factor=10)
+    scaled = surrogates.aggregate_loss(dirty, jnp.asarray(mask), mode, loss_scale_factor=10.0)
     np.testing.assert_allclose(scaled, want * (T / 10 if mode == "seq-mean-token-sum-norm" else 1))
     with pytest.raises(ValueError, match="loss_agg_mode"):
         surrogates.aggregate_loss(dirty, jnp.asarray(mask), "mean")

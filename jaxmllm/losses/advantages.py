@@ -255,7 +255,7 @@ def _sum_then_normalize(
     rewards: Float[Array, "B"], num_generations: int, scale_rewards: str | bool
 ) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
     """Advantages, and each row's deviation for the log (of its group for `none`; NaN where it does not exist)."""
-    scale = {True: "group", False: "none"}.get(scale_rewards, scale_rewards)
+    scale = {True: "group", False: "none"}[scale_rewards] if isinstance(scale_rewards, bool) else scale_rewards
     grouped, _ = _grouped(rewards, num_generations)
     centred = _centred(grouped, axis=1)
     spread = jnp.broadcast_to(_std(grouped, axis=None if scale == "batch" else 1), grouped.shape)

@@ -29,12 +29,12 @@ Mask = Shaped[Array, "B T"]  # bool, int or float; a token counts where it is no
 SEQUENCE_LOG_LIMIT = 20.0  # verl's bound on a summed log-ratio in diagnostics: exp(2 * 20) still fits float32
 
 
-def truncate_weights(weights: Float[Array, "B *T"], low: float | None, high: float | None) -> Float[Array, "B *T"]:
+def truncate_weights(weights: Float[Array, "B ..."], low: float | None, high: float | None) -> Float[Array, "B ..."]:
     """Weights clipped to `[low, high]`."""
     return jnp.clip(weights, low, high)
 
 
-def reject_weights(weights: Float[Array, "B *T"], low: float | None, high: float | None) -> Float[Array, "B *T"]:
+def reject_weights(weights: Float[Array, "B ..."], low: float | None, high: float | None) -> Float[Array, "B ..."]:
     """Weights outside `[low, high]` become 0."""
     outside = jnp.zeros_like(weights, bool)
     outside |= False if low is None else weights < low
@@ -57,7 +57,7 @@ def importance_sampling_weights(
     mode: str = "sequence_mask",
     clip_min: float | None = None,
     clip_max: float | None = 3.0,
-) -> Float[Array, "B *T"]:
+) -> Float[Array, "B ..."]:
     """Rollout importance weights `exp(old - smp)`: `[B, T]` in token modes, `[B, 1]` in sequence modes.
 
     A sequence weight is the product of its token weights (the sum of the log differences, not their mean).
@@ -76,12 +76,12 @@ def importance_sampling_weights(
 
 
 def off_policy_sequence_mask(
-    advantages: Float[Array, "B *T"],
+    advantages: Float[Array, "B ..."],
     logps: Float[Array, "B T"],
     sampling_logps: Float[Array, "B T"],
     mask: Mask,
     threshold: float,
-) -> Float[Array, "B *T"]:
+) -> Float[Array, "B ..."]:
     """1 to keep, 0 to drop: rows with a negative advantage that the policy has left by more than `threshold`.
 
     A row is kept iff `A >= 0` or `mean_t(smp - lp) <= threshold` (nats per counted token; arXiv 2512.02556).
@@ -139,7 +139,7 @@ def sampling_metrics(
     old_logps: Float[Array, "B T"],
     sampling_logps: Float[Array, "B T"],
     mask: Mask,
-    weights: Float[Array, "B *T"],
+    weights: Float[Array, "B ..."],
     per_row: bool,
 ) -> Metrics:
     """TRL's `sampling/...`: the log-probability gap on counted tokens, the weights on those or, `per_row`, on rows.

@@ -5,8 +5,8 @@ are in `surrogates` (ratio, KL, per-token losses), `correction` (rollout weights
 put together in the order of grpo.md section 5: off-policy mask, entropy mask, rollout weights, KL.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ from jaxmllm.losses.surrogates import (
 __all__ = ["LOSS_TYPES", "PUBLISHED", "GRPOOptions", "grpo_loss", "pool_metrics"]
 
 Scalar = Float[Array, ""]
+Entry = TypeVar("Entry")
 
 
 # --- per-token policy loss of each loss_type: (terms, options, per_row) -> loss, metrics ----------------------------
@@ -151,7 +152,7 @@ LOSS_TYPES = {
 def grpo_loss(
     logps: Float[Array, "B T"],
     *,
-    advantages: Float[Array, "B *T"],
+    advantages: Float[Array, "B ..."],
     mask: Mask,
     options: GRPOOptions,
     old_logps: Float[Array, "B T"] | None = None,
@@ -159,7 +160,7 @@ def grpo_loss(
     sampling_logps: Float[Array, "B T"] | None = None,
     entropies: Float[Array, "B T"] | None = None,
     tool_mask: Mask | None = None,
-    rollout_is_weights: Float[Array, "B *T"] | None = None,
+    rollout_is_weights: Float[Array, "B ..."] | None = None,
     num_items_in_batch: Scalar | float | None = None,
     num_processes: int = 1,
     accumulation_steps: int = 1,
@@ -180,7 +181,8 @@ def grpo_loss(
       sampling_logps: the same as reported by the engine that drew the text; gives rollout weights and diagnostics.
       entropies: nats per position, for the metric, the entropy mask and the bonus.
       tool_mask: 0 on text inserted by a tool or environment; multiplies `mask`.
-      rollout_is_weights: `[B, 1]` or `[B, T]`, instead of those computed from `sampling_logps`.
+      rollout_is_weights: `[B, 1]` or `[B, T]`, instead of those computed from `sampling_logps`; for `vespo`, which sums
+        their logarithms over all positions, they must be 1 where masked.
       num_items_in_batch: N, counted tokens of the rows of the whole optimizer step (all micro-batches and processes),
         for the token-mean losses; default: this micro-batch.
       num_processes: P, if gradients are averaged over processes afterwards; 1 under one jitted global program.
@@ -199,11 +201,6 @@ def grpo_loss(
     use_kl = beta is not None or options.beta != 0
     use_entropy_mask = entropy_threshold is not None or options.top_entropy_quantile < 1
     use_bonus = entropy_coef is not None or options.use_adaptive_entropy or options.entropy_coef != 0
-    _require("ref_logps", ref_logps, use_kl, "beta is not 0")
-    _require("entropies", entropies, use_entropy_mask, "top_entropy_quantile is below 1")
-    _require("entropies", entropies, use_bonus, "there is an entropy bonus")
-    _require("entropy_coef", entropy_coef, options.use_adaptive_entropy, "use_adaptive_entropy is set")
-
     stop = jax.lax.stop_gradient
     counted = (mask != 0) if tool_mask is None else (mask != 0) & (tool_mask != 0)
     lp = zero_masked(logps, counted)
@@ -218,7 +215,8 @@ def grpo_loss(
 
     keep = m
     if use_entropy_mask:
-        keep = high_entropy_mask(entropies, counted, options.top_entropy_quantile, entropy_threshold)
+        seen = _required("entropies", entropies, "top_entropy_quantile is below 1")
+        keep = high_entropy_mask(seen, counted, options.top_entropy_quantile, entropy_threshold)
     weights, metrics = _rollout_weights(old, smp, m, rollout_is_weights, options, loss_type.takes_weights)
 
     policy, policy_metrics = loss_type.policy(Terms(lp, log_ratio, ratio, adv, m, keep, weights), options, per_row)
@@ -231,7 +229,8 @@ def grpo_loss(
     if weights is not None and not loss_type.takes_weights:
         policy *= weights
     if use_kl:
-        kl = kl_estimate(lp, ref_logps, m, options.kl_loss_type, options.kl_clip)
+        ref = _required("ref_logps", ref_logps, "beta is not 0")
+        kl = kl_estimate(lp, ref, m, options.kl_loss_type, options.kl_clip)
         kl = kl * ratio if options.use_bias_correction_kl else kl
         policy += (options.beta if beta is None else beta) * kl
         metrics["kl"] = masked_mean(kl, m)
@@ -245,7 +244,9 @@ def grpo_loss(
         metrics["entropy"] = masked_mean(entropies, m)
     if use_bonus:
         coef = options.entropy_coef if entropy_coef is None else entropy_coef
-        kept = masked_mean(entropies, keep)
+        if options.use_adaptive_entropy:
+            coef = _required("entropy_coef", entropy_coef, "use_adaptive_entropy is set")
+        kept = masked_mean(_required("entropies", entropies, "there is an entropy bonus"), keep)
         loss = loss - coef * kept * _micro_batch_share(loss_type, local_items, scope)
         metrics |= {"entropy_coef": jnp.asarray(coef, kept.dtype), "entropy_kept": kept}
     return loss, stop(metrics)
@@ -294,7 +295,7 @@ def _rollout_weights(
     old: Float[Array, "B T"],
     smp: Float[Array, "B T"] | None,
     mask: Float[Array, "B T"],
-    given: Float[Array, "B *T"] | None,
+    given: Float[Array, "B ..."] | None,
     options: GRPOOptions,
     keep_masked: bool,
 ) -> tuple[RowsOrTokens | None, Metrics]:
@@ -328,12 +329,13 @@ def _micro_batch_share(loss_type: LossType, local_items: Scalar, scope: Scope) -
     return 1 / scope.accumulation_steps
 
 
-def _lookup(table: dict[str, Callable], field: str, name: str) -> Callable:
+def _lookup(table: Mapping[str, Entry], field: str, name: str) -> Entry:
     if name not in table:
         raise ValueError(f"{field}={name!r}: use one of {list(table)}")
     return table[name]
 
 
-def _require(name: str, value: object, needed: bool, why: str) -> None:
-    if needed and value is None:
+def _required(name: str, value: Entry | None, why: str) -> Entry:
+    if value is None:
         raise ValueError(f"{name} is needed: {why}")
+    return value

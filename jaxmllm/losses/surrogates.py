@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxmllm.losses.masked import (
     masked_count,
@@ -26,7 +26,7 @@ from jaxmllm.losses.masked import (
 
 Metrics = dict[str, Float[Array, ""]]
 Mask = Shaped[Array, "B T"]
-RowsOrTokens = Float[Array, "B *T"]  # [B, 1] or [B, T]
+RowsOrTokens = Float[Array, "B _"]  # [B, 1] or [B, T]
 
 VESPO_LOG_MIN = math.log(1e-8)
 VESPO_LOG_MAX = 20.0
@@ -176,7 +176,7 @@ def gmpo_coefficients(
 
 
 def clip_fractions(
-    below: RowsOrTokens, above: RowsOrTokens, advantages: RowsOrTokens, mask: Mask, per_row: bool
+    below: Bool[Array, "B _"], above: Bool[Array, "B _"], advantages: RowsOrTokens, mask: Mask, per_row: bool
 ) -> Metrics:
     """`clip_ratio/...` of TRL from where the ratio is below or above its range.
 
@@ -246,7 +246,7 @@ def aggregate_loss(
 def dual_clip_policy_loss(
     logps: Float[Array, "B T"],
     old_logps: Float[Array, "B T"],
-    advantages: Float[Array, "B *T"],
+    advantages: Float[Array, "B ..."],
     mask: Mask,
     clip_ratio_low: float = 0.2,
     clip_ratio_high: float = 0.2,
@@ -282,7 +282,7 @@ def dual_clip_policy_loss(
     return aggregate_loss(loss, mask, loss_agg_mode, loss_scale_factor), jax.lax.stop_gradient(metrics)
 
 
-def clean_advantages(advantages: Float[Array, "B *T"], mask: Mask) -> RowsOrTokens:
+def clean_advantages(advantages: Float[Array, "B ..."], mask: Mask) -> RowsOrTokens:
     """Advantages `[B]` as `[B, 1]`, `[B, T]` as they are: no gradient, 0 where no token counts."""
     per_row = advantages.ndim == 1
     counted = masked_count(mask, axis=1, keepdims=True) if per_row else mask
