@@ -1,0 +1,183 @@
+"""Starting a run of several processes with `jax.distributed`, stopping it together, and what its exit statuses mean.
+
+Every process runs the same command. `start()` finds the others by the first of these that is there:
+
+| source              | what is read                                                                                          |
+|---------------------|-------------------------------------------------------------------------------------------------------|
+| arguments           | `coordinator`, `num_processes`, `process_id`                                                          |
+| environment         | JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES, JAX_PROCESS_ID                   |
+| SLURM               | the variables of a task that `srun` started; one task a node with all of its GPUs, or one task a GPU  |
+| Cloud TPU           | the slice's metadata on a TPU VM, TPU_WORKER_HOSTNAMES under GKE; several slices by MEGASCALE_*       |
+
+Without any it is one process. JAX_NUM_PROCESSES=1 alone says so where the surroundings look like more.
+
+Exit statuses of `jaxmllm`, for whoever restarts it:
+
+| status | meaning                                                                        | start again?                     |
+|--------|--------------------------------------------------------------------------------|----------------------------------|
+| 0      | done                                                                           | no                               |
+| 1      | a defect of the library                                                        | no; report it with `--debug`     |
+| 2      | a mistake in config, data, model or surroundings, named in the last line       | no, the same would happen again  |
+| 75     | SIGTERM, SIGINT or a preemption notice: everything is saved                    | yes, it goes on where it stopped |
+| 134    | SIGABRT by jax: another process died or was out of reach for `LOST_SECONDS`    | yes, from the last checkpoint    |
+| 137    | SIGKILL: out of memory, or evicted without notice                              | yes, from the last checkpoint    |
+"""
+
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from jaxmllm.errors import InputError
+
+log = logging.getLogger(__name__)
+
+LOST_SECONDS = 30  # a process that was silent for so long is taken for dead, and all the others stop
+TOGETHER = (0, 75)  # every process ends so after the same update
+EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def start(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: int = 300,
+) -> str:
+    """Joins the other processes; call it before anything touches a device. Returns the source that was used, or "single".
+
+    `timeout`: seconds to wait for process 0. A second call does nothing. Raises InputError when a source is incomplete or
+    contradicts itself, or when process 0 cannot be reached.
+    """
+    if jax.distributed.is_initialized():
+        return "running"
+    given = dict(zip(EXPLICIT, (coordinator, num_processes, process_id), strict=True))
+    explicit = explicit_processes(given, os.environ)
+    if explicit is not None:
+        if explicit["num_processes"] == 1:
+            return "single"
+        return _join("explicit", timeout, **explicit)
+    if tasks := slurm_tasks(os.environ):
+        return _join("slurm", timeout, cluster_detection_method="slurm", local_device_ids=slurm_gpus(os.environ, tasks))
+    if on_cloud_tpu(os.environ):
+        kubernetes = "TPU_WORKER_HOSTNAMES" in os.environ or "TPU_PROCESS_ADDRESSES" in os.environ
+        return _join("tpu", timeout, cluster_detection_method="gketpu" if kubernetes else "gcetpu")
+    return "single"
+
+
+def _join(source: str, timeout: int, **options) -> str:
+    try:
+        jax.distributed.initialize(
+            **options,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=LOST_SECONDS,
+            shutdown_timeout_seconds=LOST_SECONDS,
+        )
+    except Exception as error:  # jax raises its own kinds, and those of sockets and of the metadata server
+        raise InputError(
+            f"could not join the other processes ({source}: {type(error).__name__}: {str(error).splitlines()[0]}). Is "
+            f"process 0 running, its port reachable, and its address right? Set {', '.join(EXPLICIT)} to say it yourself, "
+            "or JAX_NUM_PROCESSES=1 for a run of one process"
+        ) from error
+    log.info("process %d of %d (%s)", jax.process_index(), jax.process_count(), source)
+    return source
+
+
+def explicit_processes(given: Mapping[str, object], environ: Mapping[str, str]) -> dict | None:
+    """Arguments of `jax.distributed.initialize` from arguments or, where they are None, variables; None when none is set.
+
+    Raises InputError naming what is missing, no number, or out of range.
+    """
+    found = {name: environ.get(name) if given.get(name) is None else given[name] for name in EXPLICIT}
+    if all(value is None for value in found.values()):
+        return None
+    numbers = {}
+    for name in EXPLICIT[1:]:
+        try:
+            numbers[name] = None if found[name] is None else int(str(found[name]))
+        except ValueError:
+            raise InputError(f"{name} = {found[name]!r}: not a whole number") from None
+    count, number = numbers["JAX_NUM_PROCESSES"], numbers["JAX_PROCESS_ID"]
+    if count is not None and count < 1:
+        raise InputError(f"JAX_NUM_PROCESSES = {count}: must be at least 1")
+    if count == 1 and not number:
+        return {"num_processes": 1}
+    missing = [name for name, value in found.items() if value is None]
+    if missing:
+        have = ", ".join(f"{name}={value}" for name, value in found.items() if value is not None)
+        raise InputError(f"{', '.join(missing)} missing beside {have}: all three or none")
+    assert count is not None and number is not None
+    if not 0 <= number < count:
+        raise InputError(f"JAX_PROCESS_ID = {number}: must be from 0 to JAX_NUM_PROCESSES - 1 = {count - 1}")
+    address = str(found["JAX_COORDINATOR_ADDRESS"])
+    if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdigit():
+        raise InputError(f"JAX_COORDINATOR_ADDRESS = {address!r}: write HOST:PORT, the address of process 0")
+    return {"coordinator_address": address, "num_processes": count, "process_id": number}
+
+
+def slurm_tasks(environ: Mapping[str, str]) -> int:
+    """How many tasks `srun` started, this one being one of them; 0 when there is nobody else."""
+    if "SLURM_JOB_ID" not in environ:
+        return 0
+    count = _whole(environ, "SLURM_NTASKS", 1)
+    if "SLURM_STEP_NODELIST" not in environ:
+        if count > 1:
+            log.warning("SLURM gave this job %d tasks, but this one was not started by srun: it runs alone", count)
+        return 0
+    return count if count > 1 else 0
+
+
+def slurm_gpus(environ: Mapping[str, str], tasks: int) -> list[int] | None:
+    """This task's GPUs among those it sees; None leaves the choice to jax, which takes one GPU a task.
+
+    A task that has its node to itself gets all of them.
+    """
+    nodes = _whole(environ, "SLURM_STEP_NUM_NODES", _whole(environ, "SLURM_NNODES", 1))
+    if tasks > nodes:
+        return None
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    count = len(visible.split(",")) if visible else _whole(environ, "SLURM_GPUS_ON_NODE", 0)
+    return list(range(count)) or None
+
+
+def _whole(environ: Mapping[str, str], name: str, default: int) -> int:
+    try:
+        return int(environ.get(name) or default)
+    except ValueError:
+        raise InputError(f"{name} = {environ[name]!r}: not a whole number") from None
+
+
+def on_cloud_tpu(environ: Mapping[str, str], devices: Path = Path("/dev")) -> bool:
+    """Whether this host has TPU chips and jax will use them."""
+    platforms = environ.get("JAX_PLATFORMS", "")
+    if importlib.util.find_spec("libtpu") is None or (platforms and "tpu" not in platforms.split(",")):
+        return False
+    return any(devices.glob("accel[0-9]*")) or any(devices.glob("vfio/[0-9]*"))
+
+
+def told_to_stop(step: int) -> bool:
+    """True in every process at the same update once any of them got SIGTERM (the preemption notice of clouds and SLURM).
+
+    Every process must ask at every update, and leave SIGTERM to jax: a handler of one's own hides it. Costs no collective:
+    jax's coordinator agrees on a later update in the background. Always False in a run of one process.
+    """
+    return jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step)
+
+
+def leave(status: int) -> None:
+    """Ends this process at once when it has failed and others depend on it; returns in a run of one process.
+
+    jax would wait for the others at exit, and they for this one's part of a collective. Without goodbye they see within
+    `LOST_SECONDS` that it is gone and stop as well (status 134).
+    """
+    if not jax.distributed.is_initialized() or status in TOGETHER:
+        return
+    log.error("leaving with status %d; the other processes will stop", status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
