@@ -126,6 +126,10 @@ def test_graphs_are_checked():
         propagation.pad_graphs([(3, [(0, 1), (1, 2)], 0)], max_nodes=2)
     graphs = propagation.pad_graphs([(5, [(3, 4), (0, 2), (2, 3), (0, 1)], 0), (2, [], 1)])
     assert graphs.levels.tolist() == [[0, 1, 1, 2, 3], [-1, 0, -1, -1, -1]]
+    assert propagation.referent(5, [(3, 4), (0, 2), (2, 3), (0, 1)]) == 0
+    assert propagation.referent(5, [(3, 4), (1, 2)]) == 3 and propagation.referent(3, []) == 2  # most below, then last
+    with pytest.raises(ValueError, match="no root"):
+        propagation.referent(2, [(0, 1), (1, 0)])
     assert graphs.rank.tolist() == [[3, 0, 2, 1], [4, 4, 4, 4]]  # breadth first: 0-2, 0-1, 2-3, 3-4
 
 
@@ -327,7 +331,7 @@ def network(encoder="bilstm"):
     return cfg, rcrn.init(jax.random.key(0), cfg)
 
 
-run = jax.jit(rcrn.apply, static_argnames=("cfg", "counterfactual"))
+run = jax.jit(rcrn.apply, static_argnames=("cfg", "readout"))
 SAMPLES = [(3, [(0, 1), (1, 2)], 5), (4, [(0, 1), (0, 2), (2, 3)], 6), (1, [], 2)]
 
 
@@ -348,10 +352,10 @@ def test_batch_of_padded_samples_equals_each_alone():
     cfg, params = network()
     batch = stacked([network_inputs(np.random.default_rng(i), *sample, N=7, M=5, E=4, garbage=np.nan)
                      for i, sample in enumerate(SAMPLES)])
-    got = run(params, cfg, batch, counterfactual=True)
+    got = run(params, cfg, batch, readout="counterfactual")
     for i in (0, 2):  # a chain, and a single node with fewer boxes than the context
         alone = network_inputs(np.random.default_rng(i), *SAMPLES[i])
-        compare({k: v[i:i + 1] for k, v in got.items()}, run(params, cfg, alone, counterfactual=True), *SAMPLES[i])
+        compare({k: v[i:i + 1] for k, v in got.items()}, run(params, cfg, alone, readout="counterfactual"), *SAMPLES[i])
     reached = batch.graphs.node_mask
     for name in ("score_bp", "score_td"):
         assert (np.where(reached, got[name], np.inf).min(1) >= got["match_logit"] - 1e-6).all()
@@ -412,6 +416,8 @@ def test_dropout_and_options():
     own = run(params, dataclasses.replace(cfg, own_matching_gates=True), inputs)
     np.testing.assert_allclose(own["b_root"], want["b_root"], rtol=1e-4)
     assert np.abs(own["score_bp"] - want["score_bp"]).max() > 1e-5
+    with pytest.raises(ValueError, match="readout"):
+        rcrn.apply(params, cfg, inputs, readout="exact")
     for bad in ({"phrase_encoder": "gru"}, {"joint": 15}):
         with pytest.raises(ValueError):
             dataclasses.replace(cfg, **bad)

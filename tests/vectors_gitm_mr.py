@@ -1,5 +1,6 @@
 """Names and fields of the gitm_mr vectors mapped to the library. One graph becomes a batch of one."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,10 +41,17 @@ def _scored_belief(i):
     return {"s_app": s_app, "belief": _unary_belief({**i, "s_app": s_app})}
 
 
+def _graph(i, nodes):
+    root = i["root"] if "root" in i else propagation.referent(nodes, i["edges"])
+    return propagation.pad_graphs([(nodes, i["edges"], root)])
+
+
 def _propagate(run):
+    run = jax.jit(run)
+
     def evaluate(i):
         b_loc = _array(i["b_loc"])[None]
-        graphs = propagation.pad_graphs([(b_loc.shape[1], i["edges"], i.get("root", 0))])
+        graphs = _graph(i, b_loc.shape[1])
         real = None if i.get("valid") is None else jnp.asarray(i["valid"], bool)[None]
         k, mode = i.get("K", 5), i.get("mode", "grd")
         ctx = propagation.contexts(b_loc, graphs, k)
@@ -64,14 +72,14 @@ def _node_logit(i):
 
 def _readout(i):
     score = _array(i["score_bp"])[None]
-    graphs = propagation.pad_graphs([(score.shape[1], i["edges"], i.get("root", 0))])
+    graphs = _graph(i, score.shape[1])
     itm, d, edge = propagation.readout(score, _array(i["score_td"])[None], graphs, i.get("mrr_on", "logit"))
     return {"itm": itm[0], "d": d[0, :len(i["edges"])], "mrr_edge": edge[0]}
 
 
 def _losses(i):
     proposal, gt_box = _array(i["proposal"]), _array(i["gt_box"])
-    out = matching.matching_losses(
+    out = jax.jit(matching.matching_losses)(
         _array(i["b_root"]), jnp.asarray(i["valid"], bool), jnp.asarray(i["gt_idx"]), i["scale"],
         _array(i["match_logit"]), jnp.asarray(i["match"], bool), proposal, gt_box, _array(i["pred_delta"]),
         i.get("weights"))

@@ -71,6 +71,18 @@ def pad_graphs(
     return Graphs(*map(jnp.asarray, (edges, edge_mask, node_mask, roots, levels, rank)))
 
 
+def referent(n: int, pairs: Sequence[Sequence[int]]) -> int:
+    """Root of a parsed graph: of the nodes without a parent the one with most descendants, the last among equals.
+
+    Raises:
+        ValueError: every node has a parent.
+    """
+    roots = set(range(n)) - {child for _, child in pairs}
+    if not roots:
+        raise ValueError("the graph has no root: every node has a parent")
+    return max(roots, key=lambda root: (sum(level > 0 for level in _levels(n, pairs, root)), root))
+
+
 def _levels(n: int, pairs: Sequence[Sequence[int]], root: int) -> list[int]:
     """Longest path from the root to each node, -1 where there is none; a level of n or more betrays a cycle."""
     levels = [-1] * n

@@ -339,15 +339,21 @@ def _relation_scores(
 
 
 def apply(
-    params: Params, cfg: RCRNConfig, inputs: Inputs, key: Key[Array, ""] | None = None, counterfactual: bool = False
+    params: Params, cfg: RCRNConfig, inputs: Inputs, key: Key[Array, ""] | None = None, readout: str = "released"
 ) -> dict[str, Array]:
     """Run RCRN on a batch. With a `key`, dropout is on.
 
     Returns a dict: `b_root` [B, N] (grounding belief of the referred object), `match_logit` [B] (match iff > 0),
     `score_bp`, `score_td` [B, M] node scores, `d` [B, E] and `mrr_edge` [B] of the released readout; for grounding,
     `pred_index` [B] of the chosen candidate, its box `proposal`, `pred_delta` and the refined `pred_box` [B, 4].
-    `counterfactual` adds `score_without` [B, E] and makes `mrr_edge` the corrected readout's answer.
+    `readout="counterfactual"` makes `mrr_edge` the corrected readout's answer and adds its `score_without` [B, E]; it
+    costs one bottom-up run more per edge. See `propagation.readout` and `propagation.counterfactual_readout`.
+
+    Raises:
+        ValueError: unknown readout.
     """
+    if readout not in ("released", "counterfactual"):
+        raise ValueError(f"readout must be 'released' or 'counterfactual', got {readout!r}")
     drop, graphs, real = _Dropout(key, cfg.dropout), inputs.graphs, inputs.box_mask
     regions = jnp.where(real[..., None], inputs.regions, 0)
     regions = _layer_norm(params["regions"]["norm"], _linear(params["regions"], regions))
@@ -407,7 +413,7 @@ def apply(
     match_logit, d, edge = propagation.readout(score_bp, score_td, graphs, cfg.mrr_on)
     out = {"b_root": b_root, "match_logit": match_logit, "score_bp": score_bp, "score_td": score_td, "d": d,
            "mrr_edge": edge}
-    if counterfactual:
+    if readout == "counterfactual":
         out["score_without"], out["mrr_edge"] = propagation.counterfactual_readout(
             *run, gate_match[..., 2], valid, rows, node_score)
     return out | _refine(params["box"], regions, boxes, g, entity["app"], graphs.node_mask, b_root, real, drop)
