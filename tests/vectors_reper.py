@@ -1,5 +1,6 @@
 """Names and fields of the sheet reper.md, mapped to the library."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,7 +24,8 @@ def _call(function):
     def evaluate(inputs):
         if isinstance(inputs, list):
             return [evaluate(item) for item in inputs]
-        return np.asarray(function(**_arrays(inputs))).tolist()
+        with jax.enable_x64(True):
+            return np.asarray(function(**_arrays(inputs))).tolist()
 
     return evaluate
 

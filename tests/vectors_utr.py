@@ -1,5 +1,6 @@
 """Names and fields of the sheet utr.md, mapped to the library."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -8,8 +9,15 @@ from jaxmllm.tasks import track_rewards as tr
 
 
 def _each(function):
-    """A list of argument objects gives a list of results."""
-    return lambda inputs: [function(item) for item in inputs] if isinstance(inputs, list) else function(inputs)
+    """A list of argument objects gives a list of results; float64, as the sheet's reference."""
+
+    def evaluate(inputs):
+        if isinstance(inputs, list):
+            return [evaluate(item) for item in inputs]
+        with jax.enable_x64(True):
+            return function(inputs)
+
+    return evaluate
 
 
 def _plain(result):

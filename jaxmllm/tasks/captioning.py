@@ -145,20 +145,20 @@ def _units(text: str) -> list[tuple[str, str]]:
 class _Chunker:
     """Reads the units of a caption in one pass; dicts keep order and drop repeats."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.objects: dict[str, None] = {}
         self.attributes: dict[tuple[str, str], None] = {}
         self.relations: dict[tuple[str, str, str], None] = {}
         self.restart()
 
-    def restart(self):
+    def restart(self) -> None:
         self.topic: str | None = None  # first object of the clause: what a later `is` speaks of
         self.subject: str | None = None  # last object of the sentence
         self.link: list[str] = []  # relation words since then
         self.predicate = False  # after `is`: words describe the subject
         self.words: list[str] = []  # phrase being read
 
-    def close_phrase(self):
+    def close_phrase(self) -> None:
         """The words read so far become an object with its attributes or, after `is`, attributes of the subject."""
         words, self.words = self.words, []
         if not words:
@@ -177,7 +177,7 @@ class _Chunker:
         self.subject, self.link, self.predicate = head, [], False
         self.topic = self.topic or head
 
-    def read(self, kind: str, word: str):
+    def read(self, kind: str, word: str) -> None:
         if kind == "verb" and not self.words and not self.predicate:
             kind = "word"  # `a smiling man`
         if kind == "word":
@@ -283,8 +283,8 @@ def match_elements(
 
 
 def _elements(graph: SceneGraph, bind: bool) -> tuple[list[Element], ...]:
-    loose = [(attribute,) for _, attribute in graph.attributes]
-    return [(o,) for o in graph.objects], list(graph.attributes) if bind else loose, list(graph.relations)
+    attributes: list[Element] = [pair if bind else pair[1:] for pair in graph.attributes]
+    return [(o,) for o in graph.objects], attributes, list(graph.relations)
 
 
 def _f1(precision: float, recall: float) -> float:

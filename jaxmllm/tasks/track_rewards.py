@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike
 from jaxmllm.geometry import box_area, box_intersection, box_iou, box_valid, hungarian
 from jaxmllm.tasks.answers import clean
 
-Trajectory = Mapping[int | str, Sequence[float]]
+Trajectory = Mapping[Any, Sequence[float]]  # frame (int or its digits) -> [x1, y1, x2, y2]
 
 _NUMBER = r"(-?[0-9]++(?:\.[0-9]++)?+)"
 _FLAGS = re.ASCII | re.IGNORECASE
@@ -232,8 +232,8 @@ def lift(r: float, b: float) -> float:
 
 
 def identity_reward(
-    pred: Mapping[int | str, Trajectory],
-    gt: Mapping[int | str, Trajectory],
+    pred: Mapping[Any, Trajectory],
+    gt: Mapping[Any, Trajectory],
     iou_thr: float = 0.5,
     exclude: Collection[int] = (),
 ) -> dict[str, Any]:
@@ -306,7 +306,7 @@ def _attribute_score(value: str | None, golds: Sequence[Any] | str) -> float:
     """Score of one `<attr>` value: phrases by token F1; a gold [t1, t2] of numbers by IoU of the frame ranges."""
     if value is None:
         return 0.0
-    if not isinstance(golds, str) and len(golds) == 2 and all(isinstance(g, int) for g in golds):
+    if len(golds) == 2 and isinstance(golds[0], int) and isinstance(golds[1], int):
         span = frame_range(value)
         return temporal_iou(span, (golds[0], golds[1] + 1)) if span else 0.0
     return attribute_reward(value, golds)
@@ -388,6 +388,6 @@ def contrast_bonus(
 
     The single-frame samples are not trained on (sheet utr.md 6; T-GRPO's rule with one frame for shuffled frames).
     """
-    full = np.asarray(r_full, np.float64)
-    helps = np.size(r_single) > 0 and full.size > 0 and full.mean() > np.mean(r_single) + mu
+    full, single = np.asarray(r_full, np.float64), np.asarray(r_single, np.float64)
+    helps = bool(full.size and single.size) and full.mean() > single.mean() + mu
     return np.where(helps & (full >= good), alpha, 0.0)
