@@ -382,10 +382,11 @@ def test_bad_input_gives_one_clear_error(tmp_path, change, message):
         evaluate(**call)
 
 
-def test_named_sources_pictures_and_groups(tmp_path):
+def test_named_sources_pictures_and_groups(tmp_path, caplog):
     picture = Image.new("RGB", (640, 480), "red")
     records = grounding_records(5, images=[picture], depth=1) + grounding_records(5, seed=1, depth=2)
     records = [{**r, "id": i} for i, r in enumerate(records)]
+    assert "original size" not in caplog.text
     got = evaluate(
         gold, {"a:b/../c": records, "plain": records[5:]}, out_dir=tmp_path, save_pictures=2, by="depth", n_resamples=20
     )
@@ -396,6 +397,7 @@ def test_named_sources_pictures_and_groups(tmp_path):
     assert all(Path(path).parent == Path("pictures") for path in kept[:2])
     with Image.open(tmp_path / kept[0]) as small:
         assert max(small.size) == 320
+    assert caplog.text.count("original size") == 1
 
 
 def test_a_chat_is_asked_without_its_last_answer_and_compared_with_it(tmp_path):
@@ -417,9 +419,6 @@ def test_huge_and_hostile_answers_are_kept_as_text(tmp_path):
     evaluate(lambda b: [next(answers) for _ in b], records, out_dir=out, n_resamples=9)
     assert [line["text"] for line in read_lines(out / "predictions.jsonl")] == hostile * 2
     assert all(np.isfinite(v) for v in measure.load(out).flat().values())
-
-
-# --- change ---------------------------------------------------------------------------------------------------------
 
 
 def test_change_between_two_evaluations_is_paired(tmp_path):
@@ -474,9 +473,6 @@ def test_tables(tmp_path):
     console = Console(file=io.StringIO(), width=120)
     console.print(tables.terminal([["a", "b"], ["[red]evil[/red]", "▲ better"]]))
     assert "[red]evil[/red]" in console.file.getvalue()
-
-
-# --- options and other tools ----------------------------------------------------------------------------------------
 
 
 def test_options_go_to_the_functions_that_take_them():

@@ -306,10 +306,10 @@ def test_a_curve_is_drawn_through_its_values():
     assert (y0 - y1) == pytest.approx(2 * (y0 - y2), abs=0.21) and y1 < y2 < y0
 
 
-def test_tokens_a_second_come_from_trls_metrics_and_null_is_skipped():
+def test_tokens_a_second_are_computed_and_null_is_skipped():
     rows = [{"step": s, "num_tokens": 100 * s, "step_time": 0.5, "loss": None if s == 2 else 1.0} for s in (1, 2, 4)]
     found = curves.columns(rows)
-    assert found["tokens_per_second"].y.tolist() == [200.0, 200.0] and found["loss"].x.tolist() == [1, 4]
+    assert found["tokens_per_second"].y.tolist() == [200.0, 400.0, 800.0] and found["loss"].x.tolist() == [1, 4]
 
 
 def test_every_metric_is_shown_somewhere():
@@ -336,6 +336,8 @@ def test_suspicious_curves_are_warned_about():
     assert verdict.checks(flat | {"reward": rising}) == []
     for name, factor in (("completions/clipped_ratio", 9), ("frac_reward_zero_std", 4), ("kl", 50)):
         assert len(verdict.checks({name: Series(name, np.arange(30.0), flat[name].y * factor)})) == 1
+    skipped = Series("nonfinite", np.arange(30.0), np.eye(30)[15])
+    assert verdict.checks({"nonfinite": skipped}) == ["1 updates were skipped for NaN or infinite gradients."]
     falling = Series("x", np.arange(30.0), np.linspace(1, 0, 30))
     assert len(verdict.checks({"entropy": falling, "reward": falling})) == 2
 

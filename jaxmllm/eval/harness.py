@@ -18,6 +18,7 @@ record (a number, or [top, bottom] of a pooled ratio); `group` (see `by`); `pict
 An evaluation that was stopped goes on where it was: records that have a line are not asked again.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ from jaxmllm.eval.measure import Evaluation, Resampling, folder_name, measure, s
 from jaxmllm.eval.predictions import Record
 from jaxmllm.runfiles import JsonLines, claim, read_lines
 
+log = logging.getLogger(__name__)
 Generate = Callable[[Sequence[Record]], Sequence[str]]
 PICTURE_SIDE, PNG_SIDE = 320, 160  # pixels: pictures are shrunk to the first; up to the second they are kept losslessly
 
@@ -64,7 +66,8 @@ def evaluate(
 ) -> Evaluation:
     """Asks `generate` about the records, writes the folder described above, returns the figures.
 
-    A record needs `size` and, where the model sees another size, `resized`, or its boxes would be read wrongly.
+    Records with images need `size` and `resized`, or boxes are read wrongly where the model sees another size: wrap the
+    source in `data.examples.Sized`. A record without `resized` is warned about.
 
     Args:
         generate: completions of a batch of records, in order; should be greedy, so that a resumed run says the same.
@@ -98,10 +101,13 @@ def evaluate(
     claim(out, {"task": task, "options": options, "config": config})
     done = {(line["source"], line["id"]): line for line in read_lines(out / "predictions.jsonl")}
     asked: dict[str, list[tuple[Record, dict[str, Any]]]] = {}  # records without images, with their lines
-    finished = 0
+    finished, warned = 0, False
     with JsonLines(out / "predictions.jsonl") as file:
         for batch in _batches(sources, task, limit, batch_size):
             new = [item for item in batch if item[:2] not in done]
+            if not warned and any("images" in record and "resized" not in record for *_, record in new):
+                log.warning("records have no `resized`: their boxes are read as if the model saw the original size")
+                warned = True
             texts = _generated(generate, [record for *_, record in new])
             lines = []
             for (name, key, index, record), text in zip(new, texts, strict=True):
@@ -133,7 +139,7 @@ def evaluate(
                 options,
                 out / folder_name(name),
                 how,
-                getattr(sources.get(name, source), "category_ids", None),
+                _category_ids(sources.get(name, source)),
             )
             for name, pairs in asked.items()
         },
@@ -173,6 +179,13 @@ def _posed(record: Record, task: str | None, name: str, index: int) -> Record:
         known = ", ".join(tasks.names())
         raise InputError(f"source {name!r}, record {index}: task is {posed['task']!r}; give one of {known}")
     return posed
+
+
+def _category_ids(source: Any) -> Mapping[str, int] | None:
+    """The ids that a COCO file gives its categories, also through sources that wrap one."""
+    while source is not None and not hasattr(source, "category_ids"):
+        source = getattr(source, "source", None)
+    return None if source is None else source.category_ids
 
 
 def _message_text(message: Mapping[str, Any]) -> str:

@@ -63,12 +63,11 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
 
 
 def _speed(rows: Sequence[Mapping[str, Any]]) -> Series | None:
-    """From TRL's `num_tokens`, a running total, and `step_time`, seconds."""
-    timed = [row for row in rows if row.get("num_tokens") and row.get("step_time")]
+    """From `num_tokens`, of a step, and `step_time`, seconds."""
     points = [
-        (now["step"], (now["num_tokens"] - last["num_tokens"]) / now["step_time"] / (now["step"] - last["step"]))
-        for last, now in zip(timed, timed[1:], strict=False)
-        if now["step"] > last["step"] and now["num_tokens"] > last["num_tokens"]
+        (row["step"], row["num_tokens"] / row["step_time"])
+        for row in rows
+        if row.get("num_tokens") and row.get("step_time")
     ]
     return Series("tokens_per_second", *np.array(points, float).T) if points else None
 

@@ -14,7 +14,7 @@ from jaxmllm.errors import InputError
 from jaxmllm.eval import measure
 from jaxmllm.eval.measure import Change, Evaluation
 from jaxmllm.report import completions, curves, pictures, verdict
-from jaxmllm.report.markup import Html, details, join, short, tag
+from jaxmllm.report.markup import Html, details, join, tag
 from jaxmllm.runfiles import read_json, read_lines, replace_file
 
 SIDES = ("before", "after")
@@ -51,7 +51,7 @@ def _body(run: Path, title: str, config: Mapping[str, Any]) -> Html:
     lines = [side for side in lines if side[2]]
     return join(
         tag("h1", title),
-        _facts(run, config, info, metrics),
+        _facts(run, config, info),
         verdict.section(metrics, changes, before, after),
         _part(
             "Evaluation",
@@ -102,7 +102,7 @@ def _key() -> Html:
     return tag("p", *(tag("span", entry) for entry in entries), class_="key")
 
 
-def _facts(run: Path, config: Mapping[str, Any], info: Mapping[str, Any], metrics: Mapping[str, curves.Series]) -> Html:
+def _facts(run: Path, config: Mapping[str, Any], info: Mapping[str, Any]) -> Html:
     """One line of what was run."""
     start = info["starts"][-1] if info.get("starts") else {}
     rows = read_lines(run / "metrics.jsonl")
@@ -116,7 +116,6 @@ def _facts(run: Path, config: Mapping[str, Any], info: Mapping[str, Any], metric
         "seed": info.get("seed", config.get("seed")),
         "steps": f"{max(row['step'] for row in rows):,}" if rows else None,
         "training": _duration(max(times) - min(times)) if len(times) > 1 else None,
-        "tokens": short(metrics["num_tokens"].y[-1]) if "num_tokens" in metrics else None,
         "devices": devices or None,
         "started": start.get("time"),
         "restarts": len(info["starts"]) - 1 or None if info.get("starts") else None,

@@ -29,7 +29,6 @@ CHECKS = (
         lambda start, end: end > 1e-2,
         "Sampler and trainer differ by {:.3g} nats a token; they should agree to rounding.",
     ),
-    ("skipped_steps", lambda start, end: end > 0, "{:.3g} steps were skipped for NaN or infinite values."),
 )
 
 
@@ -129,6 +128,8 @@ def checks(metrics: Mapping[str, Series]) -> list[str]:
     for name, suspicious, text in CHECKS:
         if name in metrics and np.isfinite(metrics[name].y).all() and suspicious(*ends(metrics[name])):
             out.append(text.format(ends(metrics[name])[1]))
+    if "nonfinite" in metrics and metrics["nonfinite"].y.any():
+        out.append(f"{int(metrics['nonfinite'].y.sum())} updates were skipped for NaN or infinite gradients.")
     if "reward" in metrics and len(metrics["reward"].y) >= 2 * ENDS:
         first, last = ends(metrics["reward"])
         if last <= first:
