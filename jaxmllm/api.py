@@ -1,7 +1,7 @@
 """The few calls a notebook or another program needs: load, generate, stream, score."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from jaxmllm.train.step import score_jit
 from jaxmllm.types import Completions, Prompts
 
 TINY = Path(__file__).parent / "assets" / "tiny"
-Conversation = list[dict[str, Any]]  # Hugging Face chat messages
+Conversation = Sequence[Mapping[str, Any]]  # Hugging Face chat messages
 
 
 @dataclasses.dataclass
@@ -134,6 +134,12 @@ def load(
     compute = dtype or params["embed"].dtype.name
     cfg = dataclasses.replace(cfg, dtype=compute, **run)
     return Model(params, cfg, processor, mesh, folder, buckets or Buckets())
+
+
+def identity(model: Model) -> list[str]:
+    """Names, sizes and times of the checkpoint's weight files: what a resumed evaluation must find unchanged."""
+    files = sorted(model.folder.glob("*.safetensors")) if model.folder else []
+    return [str(model.folder), *(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)]
 
 
 def _generation(model: Model, tokens: np.ndarray, length: int, logps: np.ndarray, stopped: bool) -> Generation:

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -177,18 +177,19 @@ def evaluate(
     from rich.progress import Progress
 
     from jaxmllm import api
-    from jaxmllm.data.examples import Asking
+    from jaxmllm.data.examples import Asking, Sized
     from jaxmllm.data.sources import open_source
     from jaxmllm.eval import harness, tables
 
     options = {"style": style, "thinking": thinking}
     extra = {} if task is None else {"task": task}
-    sources = {spec: open_source(spec, **(extra if spec.startswith("coco:") else {})) for spec in data}
+    opened = {spec: open_source(spec, **(extra if spec.startswith("coco:") else {})) for spec in data}
     loaded = api.load(model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
+    sources = {spec: Sized(source, loaded.processor.pixel_config) for spec, source in opened.items()}
     asking = Asking(options)
 
-    def generate(records: list[dict[str, Any]]) -> list[str]:
-        chats = [asking.conversation(record) for record in records]
+    def generate(records: Sequence[Mapping[str, Any]]) -> list[str]:
+        chats = [asking.conversation(dict(record)) for record in records]
         found = api.generate(loaded, chats, max_new_tokens=max_new_tokens, temperature=0.0, batch_size=batch_size)
         return [group[0].text for group in found]
 
@@ -203,7 +204,12 @@ def evaluate(
             batch_size=batch_size,
             limit=limit,
             options=options,
-            config={"model": str(model), "max_new_tokens": max_new_tokens, "max_pixels": max_pixels},
+            config={
+                "model": api.identity(loaded),
+                "dtype": loaded.cfg.dtype,
+                "max_new_tokens": max_new_tokens,
+                "pixels": [loaded.processor.pixel_config.min_pixels, loaded.processor.pixel_config.max_pixels],
+            },
             by=by,
             save_pictures=save_pictures,
             on_batch=lambda done, total: bar.update(line, completed=done, total=total),

@@ -10,11 +10,10 @@ Annotated but never decorated by a type checker: a checked dataclass breaks `jax
 from typing import Any
 
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 
-@struct.dataclass
-class Vision:
+class Vision(struct.PyTreeNode):
     """Every image and video of each prompt, as frames, in window order.
 
     A frame is one temporal patch (an image is a clip of one). Its patches are grouped by windows of P = (window_size /
@@ -28,8 +27,7 @@ class Vision:
     positions: Int[Array, "B F W P 2"]  # (row, column) of the patch in its frame; -1 marks padding
 
 
-@struct.dataclass
-class Prompts:
+class Prompts(struct.PyTreeNode):
     """Right-padded prompts. `vision` is None for a batch of text."""
 
     tokens: Int[Array, "B S"]
@@ -40,8 +38,7 @@ class Prompts:
     vision: Vision | None = None
 
 
-@struct.dataclass
-class Completions:
+class Completions(struct.PyTreeNode):
     """G right-padded continuations of each prompt; they see their prompt and themselves, never each other."""
 
     tokens: Int[Array, "B G T"]
@@ -49,8 +46,7 @@ class Completions:
     weights: Float[Array, "B G T"]  # weight of the token in a loss: 0 on padding and on text the model did not write
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
     """Keys and values of the prompt, stored once a prompt, and of the completions written so far."""
 
     prompt_k: Float[Array, "L B S K H"]
@@ -61,8 +57,7 @@ class KVCache:
     v: Float[Array, "L B G T K H"]
 
 
-@struct.dataclass
-class Samples:
+class Samples(struct.PyTreeNode):
     """What the sampler returns; `logps` are those of the distribution that was sampled (after temperature and filters)."""
 
     tokens: Int[Array, "B G T"]  # pad_token_id after the end
@@ -72,8 +67,7 @@ class Samples:
     steps: Int[Array, ""]  # decode steps the loop ran
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """What an update reads and writes. Randomness is not part of it: every key is derived from the seed and the step."""
 
     step: Int[Array, ""]  # updates done

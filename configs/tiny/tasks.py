@@ -18,7 +18,7 @@ config = TrainConfig(
     data=DataConfig(
         train=(
             f"world:grounding:3,counting:2,detection:1?{SIZE}&questions=4&length=10000000",
-            f"world:grounding?size=84x84&objects=3-6&depth=1&questions=4&seed=1&length=10000000",
+            "world:grounding?size=84x84&objects=3-6&depth=1&questions=4&seed=1&length=10000000",
         ),
         weights=(3.0, 1.0),
         eval=(

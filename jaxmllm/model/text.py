@@ -12,8 +12,7 @@ from jaxmllm.model import attention
 from jaxmllm.model.layers import GatedMLP, Linear, RMSNorm, rotate, stack
 
 
-@struct.dataclass
-class Shared:
+class Shared(struct.PyTreeNode):
     """What every layer of one pass reads."""
 
     cos: Float[Array, "B X half"]

@@ -48,7 +48,8 @@ class GRPO:
         self.rewards = Rewards(
             rollout.reward_funcs, style, processes=rollout.reward_processes, timeout=rollout.reward_timeout
         )
-        self.entropy_coef, self.entropy = jnp.asarray(config.grpo.entropy_coef), jnp.asarray(jnp.inf)
+        self.entropy_coef: Any = jnp.asarray(config.grpo.entropy_coef)
+        self.entropy: Any = jnp.asarray(jnp.inf)
         self.last: Drawn | None = None  # for the table of completions
 
     def __call__(self, run: Run, batch: Batch) -> dict[str, Any]:
@@ -108,11 +109,12 @@ class GRPO:
             punished = soft_overlong_punishment(lengths.tolist(), limit, self.config.rollout.soft_punish_cache)
             table, names = np.column_stack([table, punished]), [*names, "soft_overlong"]
         weights = options.reward_weights and (*options.reward_weights, 1.0)[: len(names)]
-        advantages, metrics = estimate_advantages(
+        estimated, metrics = estimate_advantages(
             jnp.asarray(table, jnp.float32), dataclasses.replace(options, reward_weights=weights)
         )
         metrics |= reward_metrics(jnp.asarray(table, jnp.float32), names)
         metrics |= completion_metrics(jnp.asarray(lengths), jnp.asarray(stopped))
+        metrics["num_tokens"] = int(batch.prompts.lengths.sum()) + int(lengths.sum())
         for part in sorted({name for row in parts for name in row if name != "reward"}):
             metrics[f"rewards/{part}/mean"] = np.nanmean([row.get(part, np.nan) for row in parts])
         lap("reward")
@@ -126,7 +128,7 @@ class GRPO:
             lengths=samples.lengths,
             weights=shard_batch(counted.reshape(b, g, -1).astype(np.float32), run.mesh),
         )
-        advantages = np.asarray(advantages)
+        advantages = np.asarray(estimated)
         rollout = Rollout(
             prompts=prompts,
             completions=completions,

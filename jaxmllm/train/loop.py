@@ -62,18 +62,18 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     for a failed reward, a bad record or too many non-finite updates. Raises Interrupted after SIGINT or SIGTERM, saved.
     """
     config.validate()
-    sources = eval_sources(config)
     run = build(config)
+    sources = eval_sources(config, run.model.processor)
     claim(config.run_dir, config, FREE_FIELDS)
     checkpoints = Checkpoints(
         config.run_dir / "checkpoints", keep=config.save_total_limit, best_metric=config.metric_for_best_model
     )
-    trained_seconds, resumed = 0.0, checkpoints.restore(run.state)
+    trained_seconds, seen_tokens, resumed = 0.0, 0.0, checkpoints.restore(run.state)
     if resumed is not None:
         run.state, data = resumed
         run.batches.set_state(data["batches"])
         run.step.set_state(data["step"])
-        trained_seconds = data["seconds"]
+        trained_seconds, seen_tokens = data["seconds"], data["tokens"]
     start = int(run.state.step)
     record_start(config.run_dir, config.seed, jax.devices())
     writer = MetricsWriter(
@@ -91,6 +91,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
             "batches": run.batches.get_state(),
             "step": run.step.get_state(),
             "seconds": time.monotonic() - began,
+            "tokens": seen_tokens,
         }
         checkpoints.save(run.state, data, metrics)
 
@@ -109,7 +110,12 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
                 step = int(run.state.step)
                 if step % config.logging_steps == 0 or step >= config.max_steps:
                     metrics = host_scalars(metrics)
-                    metrics |= {"step_time": time.perf_counter() - clock, "seconds/data": waited}
+                    seconds = time.perf_counter() - clock
+                    metrics |= {"step_time": seconds, "seconds/data": waited}
+                    if "num_tokens" in metrics:  # the running total, as in TRL, of logged updates
+                        metrics["tokens_per_second"] = metrics["num_tokens"] / seconds
+                        seen_tokens += metrics["num_tokens"]
+                        metrics["num_tokens"] = seen_tokens
                     if steady is not None:  # from the second logged update on: the first one compiles
                         pace = (time.perf_counter() - steady[1]) / (step - steady[0])
                         metrics["seconds/left"] = pace * (config.max_steps - step)

@@ -59,7 +59,7 @@ class Live:
         parts += [
             f"{name.removeprefix('accuracy/')} {v:.2f}" for name, v in metrics.items() if name.startswith("accuracy/")
         ]
-        if metrics.get("num_tokens") and metrics.get("step_time"):
-            parts.append(f"{metrics['num_tokens'] / metrics['step_time']:.0f} tokens/s")
+        if "tokens_per_second" in metrics:
+            parts.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
         left = metrics.get("seconds/left")
         return "  ".join(parts + ([] if left is None else [f"{left / 60:.1f} min left"]))

@@ -1,7 +1,7 @@
 """What a run is made of: model on the mesh, optimiser, data, checkpoints, all from one config."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxmllm import api
 from jaxmllm.config import load_model_config
 from jaxmllm.data.chat import Processor
-from jaxmllm.data.examples import Asking
+from jaxmllm.data.examples import Asking, Sized
 from jaxmllm.data.pipeline import agree_with_all, rl_batches, sft_batches
 from jaxmllm.data.sources import RecordSource, open_source
 from jaxmllm.errors import InputError
@@ -54,8 +54,10 @@ def build_mesh(config: TrainConfig) -> Mesh:
 def load_model(config: TrainConfig, mesh: Mesh) -> api.Model:
     """The configured checkpoint, or its architecture with random weights, on the mesh."""
     data = config.data
-    shape = dict(remat=config.remat, unroll=config.unroll)
-    limits = dict(min_pixels=data.min_pixels, max_pixels=data.max_pixels, max_prompt_length=data.max_prompt_length)
+    shape: dict[str, Any] = dict(remat=config.remat, unroll=config.unroll)
+    limits: dict[str, Any] = dict(
+        min_pixels=data.min_pixels, max_pixels=data.max_pixels, max_prompt_length=data.max_prompt_length
+    )
     if not config.from_scratch:
         model = api.load(config.model, mesh=mesh, dtype=config.param_dtype, **limits, **shape)
         model.cfg = dataclasses.replace(model.cfg, dtype=config.dtype)
@@ -66,24 +68,24 @@ def load_model(config: TrainConfig, mesh: Mesh) -> api.Model:
     return api.Model(params, cfg, Processor.from_pretrained(folder, cfg, **limits), mesh, folder)
 
 
-def eval_sources(config: TrainConfig) -> dict[str, RecordSource]:
+def eval_sources(config: TrainConfig, processor: Processor) -> dict[str, RecordSource]:
     """The evaluation sources by name: their spec without options, numbered when it repeats."""
     found: dict[str, RecordSource] = {}
     for spec in config.data.eval:
         name = spec.partition("?")[0]
         name = name if name not in found else f"{name} ({len(found)})"
-        found[name] = open_source(spec)
+        found[name] = Sized(open_source(spec), processor.pixel_config)
     return found
 
 
 def generator(run: Run) -> Generate:
     """Greedy answers of the current policy to records, for the evaluation harness."""
 
-    def generate(records: list[Mapping[str, Any]]) -> list[str]:
+    def generate(records: Sequence[Mapping[str, Any]]) -> list[str]:
         model = dataclasses.replace(run.model, params=run.state.params)
         answers = api.generate(
             model,
-            [run.asking.conversation(record) for record in records],
+            [run.asking.conversation(dict(record)) for record in records],
             max_new_tokens=run.config.grpo.max_completion_length or 512,
             temperature=0.0,
             batch_size=max(len(records), 1),
@@ -119,7 +121,7 @@ def _new_state(config: TrainConfig, model: api.Model, mesh: Mesh) -> tuple[Train
 
 def _optimiser_shardings(shapes: Any, train: Any, shardings: Any, whole: NamedSharding) -> Any:
     """Any subtree of the optimiser's state with the parameters' structure gets the parameters' shardings."""
-    structure = jax.tree.structure(train)
+    structure: Any = jax.tree.structure(train)
 
     def is_params(node: Any) -> bool:
         return jax.tree.structure(node) == structure
@@ -146,10 +148,9 @@ def build(config: TrainConfig) -> Run:
     mesh = build_mesh(config)
     data = config.data
     asking = Asking({"style": data.style, "thinking": data.thinking})
-    source = None if config.method == "vision_warmup" else _mixture(config)
     model = load_model(config, mesh)
     state, update = _new_state(config, model, mesh)
-    common = dict(
+    common: dict[str, Any] = dict(
         max_bad_records=data.max_bad_records,
         threads=data.workers,
         process=(jax.process_index(), jax.process_count()),
@@ -159,12 +160,12 @@ def build(config: TrainConfig) -> Run:
     step: GRPO | Supervised | Warmup
     if config.method == "grpo":
         batches = rl_batches(
-            source, model.processor, config.batch_size, model.buckets, config.seed, asking=asking, **common
+            _mixture(config), model.processor, config.batch_size, model.buckets, config.seed, asking=asking, **common
         )
         step = GRPO(config)
     elif config.method == "sft":
         batches = sft_batches(
-            source,
+            _mixture(config),
             model.processor,
             config.batch_size,
             model.buckets,

@@ -28,8 +28,7 @@ from jaxmllm.types import Completions, Prompts, TrainState
 Metrics = dict[str, Any]
 
 
-@struct.dataclass
-class Rollout:
+class Rollout(struct.PyTreeNode):
     """Prompts with G completions each and all that the policy loss needs. `completions.weights` is the loss mask."""
 
     prompts: Prompts

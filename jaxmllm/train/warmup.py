@@ -27,8 +27,7 @@ COORDINATES = ("x1", "y1", "x2", "y2")
 HEADS = "warmup"  # key of the throw-away heads in the parameter tree
 
 
-@struct.dataclass
-class WarmupBatch:
+class WarmupBatch(struct.PyTreeNode):
     """Pictures of one size and, for every vision token, what it shows; -1 where a field does not apply."""
 
     vision: Vision
