@@ -167,6 +167,7 @@ FRAMES = jax.jit(temporal.frame_activation)
 def test_activation_corners():
     uniform = ACTIVATION(jnp.full(7, 0.3), rho=1.0)
     assert float(uniform["n_active"]) == 7 and float(uniform["n_eff"]) == pytest.approx(7, rel=1e-6)
+    assert float(ACTIVATION(jnp.ones(4), rho=1.0)["n_active"]) == 4  # a share equal to the threshold counts
     one = ACTIVATION(jnp.asarray([0.0, 2.0, 0.0]))
     assert float(one["n_active"]) == 1 and float(one["n_eff"]) == pytest.approx(1)
     nothing = ACTIVATION(jnp.zeros(3))
