@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from jaxmllm.model import propagation, rcrn
 from jaxmllm.model.propagation import EPS
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 # ---- the reference: one graph, dictionaries and loops, plain products, after the formulas of the sheet
 
 

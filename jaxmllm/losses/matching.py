@@ -13,7 +13,7 @@ from jaxmllm.losses.masked import masked_mean, zero_masked
 WEIGHTS = {"grd": 1.0, "match": 3.0, "reg": 1.0}
 
 
-def inclusive_iou(a: Float[Array, "*B 4"], b: Float[Array, "*B 4"]) -> Float[Array, "*B"]:
+def inclusive_iou(a: Float[Array, "*#B 4"], b: Float[Array, "*#B 4"]) -> Float[Array, "*B"]:
     """IoU of boxes [x1, y1, x2, y2] whose last row and column belong to the box (w = x2 - x1 + 1)."""
 
     def area(box):
