@@ -95,10 +95,9 @@ def test_answers_are_the_template_cut_in_two(processor, task):
 def test_answers_in_the_real_tokenizer(style):
     processor, asking = real_processor(), Asking({"style": style})
     tasks = {"grounding": 1, "counting": 1, "detection": 1, "captioning": 1, "relations": 1}
-    source = world(tasks, length=20, questions=4)
+    source = world(tasks, length=10, questions=4)
     with sft_batches(source, processor, 10, Buckets(), questions=4, asking=asking) as batches:
-        for batch in take(batches, 2):
-            check_answers(processor, source, asking, batch, 4)
+        check_answers(processor, source, asking, next(batches), 4)
 
 
 def test_questions_are_drawn_anew_each_time(processor):
