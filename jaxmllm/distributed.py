@@ -27,6 +27,7 @@ import importlib.util
 import logging
 import os
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,8 +52,8 @@ def start(
 ) -> str:
     """Joins the other processes; call it before anything touches a device. Returns the source that was used, or "single".
 
-    `timeout`: seconds to wait for process 0. A second call does nothing. Raises InputError when a source is incomplete or
-    contradicts itself, or when process 0 cannot be reached.
+    `timeout`: seconds to wait for the others; then jax ends the process (status 134). A second call does nothing. Raises
+    InputError when a source is incomplete or contradicts itself.
     """
     if jax.distributed.is_initialized():
         return "running"
@@ -71,6 +72,18 @@ def start(
 
 
 def _join(source: str, timeout: int, **options) -> str:
+    # when the time is up jax aborts (status 134) with a message about itself: say before what is being waited for
+    patience = min(20.0, timeout / 2)
+    where = options.get("coordinator_address", "process 0, as the cluster names it")
+    waiting = threading.Timer(
+        patience,
+        log.warning,
+        [
+            f"still waiting for the other processes after {patience:g} s ({source}: {where}); do all run, is the port open?"
+        ],
+    )
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(
             **options,
@@ -84,6 +97,8 @@ def _join(source: str, timeout: int, **options) -> str:
             f"process 0 running, its port reachable, and its address right? Set {', '.join(EXPLICIT)} to say it yourself, "
             "or JAX_NUM_PROCESSES=1 for a run of one process"
         ) from error
+    finally:
+        waiting.cancel()
     log.info("process %d of %d (%s)", jax.process_index(), jax.process_count(), source)
     return source
 
