@@ -69,7 +69,7 @@ class Inputs:
 # ---- geometry and scores as functions of plain arrays
 
 
-def loc_feat(boxes: Float[Array, "*B 4"], size: Float[Array, "*B 2"]) -> Float[Array, "*B 5"]:
+def loc_feat(boxes: Float[Array, "*#B 4"], size: Float[Array, "*#B 2"]) -> Float[Array, "*B 5"]:
     """[x/W, y/H, w/W, h/H, wh/(WH)] of inclusive boxes, w = x2 - x1 + 1."""
     low = boxes[..., :2] / size
     sides = (boxes[..., 2:] - boxes[..., :2] + 1) / size
