@@ -41,10 +41,10 @@ class Chip:
 
 # Cloud TPU system architecture pages (cloud.google.com/tpu/docs/v5e, /v5p, /v6e): bf16 peak, HBM, bidirectional ICI of 400,
 # 1200 and 800 GB/s (half of it one way), network of 2 x 100 Gb/s for 8 chips, 50 Gb/s a chip, 4 x 200 Gb/s for 8 chips.
-# Of 16, 95 and 32 GB of HBM the compiler reserves a part; left are 15.75, 95.74 (of 96 on the die) and 31.25 GiB.
+# Memory is what libtpu's compiler says is available, less than the 16, 95 and 32 GB on paper.
 V5E = Chip("TPU v5e", "tpu", 15.75, 197.0, 819.0, 200.0, 3.125)
-V5P = Chip("TPU v5p", "tpu", 95.74, 459.0, 2765.0, 600.0, 6.25)
-V6E = Chip("TPU v6e", "tpu", 31.25, 918.0, 1638.0, 400.0, 12.5)
+V5P = Chip("TPU v5p", "tpu", 95.73, 459.0, 2765.0, 600.0, 6.25)
+V6E = Chip("TPU v6e", "tpu", 31.24, 918.0, 1638.0, 400.0, 12.5)
 
 # NVIDIA H100 SXM5 data sheet: 989.4 dense bf16 TFLOP/s, 80 GB of HBM3 at 3.35 TB/s, NVLink 900 GB/s both ways together;
 # network as in DGX H100, one 400 Gb/s adapter a GPU. The target is XLA's description of that device.
