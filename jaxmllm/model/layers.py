@@ -25,7 +25,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "..."]:
         width = x.shape[-1]
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (width, *self.features))
+        # fan-in: 0.02 at a width of 2,500, and attention that is not uniform at a width of 128
+        kernel = self.param("kernel", nn.initializers.normal(width**-0.5), (width, *self.features))
         flat = x.reshape(-1, width)
 
         def product(rows, matrix):
