@@ -41,7 +41,7 @@ class Chip:
 
 # Cloud TPU system architecture pages (cloud.google.com/tpu/docs/v5e, /v5p, /v6e): bf16 peak, HBM, bidirectional ICI of 400,
 # 1200 and 800 GB/s (half of it one way), network of 2 x 100 Gb/s for 8 chips, 50 Gb/s a chip, 4 x 200 Gb/s for 8 chips.
-# Memory is what libtpu's compiler says is available, less than the 16, 95 and 32 GB on paper.
+# Memory is what libtpu's compiler says is available of the 16, 95 and 32 GB on paper.
 V5E = Chip("TPU v5e", "tpu", 15.75, 197.0, 819.0, 200.0, 3.125)
 V5P = Chip("TPU v5p", "tpu", 95.73, 459.0, 2765.0, 600.0, 6.25)
 V6E = Chip("TPU v6e", "tpu", 31.24, 918.0, 1638.0, 400.0, 12.5)
