@@ -15,6 +15,8 @@ from scipy.optimize import minimize_scalar
 from jaxmllm.losses import supervised
 from jaxmllm.losses import unlikelihood as ul
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 B, S, V, T = 3, 7, 5, 3
 REDUCTIONS = ("dialogue", "token", "turn_mean", "sum")
 
@@ -225,7 +227,8 @@ def test_unsupervised_positions_never_leak(level, reduction):
         dirty = {
             "logits": np.where((turn_id > 0)[..., None], example["logits"], garbage),
             "targets": np.where(turn_id > 0, example["targets"], -100),
-            "sigma": np.where([True, True, False], example["sigma"], garbage),  # no dialogue has a third answer
+            # no dialogue has a third answer, the last has none at all
+            "sigma": np.where([[1, 1, 0], [1, 1, 0], [0, 0, 0]], example["sigma"], garbage),
             "ul_mask": np.where(turn_id > 0, example["ul_mask"], garbage),
         }
         got_value, got_gradient = run(example | dirty, level, reduction)

@@ -3,18 +3,14 @@
 Sources: sheet utr.md 3.4 (mean per sample), merlin.md 3.3 (mean over the unmasked targets). No auxiliary loss.
 """
 
-from typing import Literal
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxmllm.losses.masked import masked_count, masked_mean, masked_sum
 
-LossNorm = Literal["sample", "token"]
-
 
 def cross_entropy_sums(
-    logps: Float[Array, "*B T"], weights: Shaped[Array, "*B T"], loss_norm: LossNorm = "sample"
+    logps: Float[Array, "*B T"], weights: Shaped[Array, "*B T"], loss_norm: str = "sample"
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Numerator and denominator of `cross_entropy`.
 
@@ -28,7 +24,7 @@ def cross_entropy_sums(
 
 
 def cross_entropy(
-    logps: Float[Array, "*B T"], weights: Shaped[Array, "*B T"], loss_norm: LossNorm = "sample"
+    logps: Float[Array, "*B T"], weights: Shaped[Array, "*B T"], loss_norm: str = "sample"
 ) -> Float[Array, ""]:
     """Weighted mean of -log p over the answer tokens, nats; 0 if none is counted.
 

@@ -12,7 +12,6 @@ leading axes.
 """
 
 from collections.abc import Hashable, Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,6 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from numpy.typing import ArrayLike
 
 from jaxmllm.losses.masked import masked_count, masked_mean, masked_min, masked_sum, zero_masked
-
-Mode = Literal["nll", "ppl"]
-Reduce = Literal["mean", "min"]
 
 
 def token_nll(logps: Float[Array, "*B T"], mask: Shaped[Array, "*#B T"]) -> Float[Array, "*B"]:
@@ -66,10 +62,13 @@ def temporal_perplexity(
     mask: Shaped[Array, "*B T"] | None = None,
     frame_mask: Shaped[Array, "*B K"] | None = None,
     *,
-    mode: Mode = "nll",
-    reduce: Reduce = "mean",
+    mode: str = "nll",
+    reduce: str = "mean",
 ) -> Float[Array, "*B"]:
-    """One form of `tpl_score`. A corpus score is the unweighted mean of these. Raises KeyError on unknown forms."""
+    """One form of `tpl_score`: mode `nll` or `ppl`, reduced by `mean` or `min`; KeyError on others.
+
+    A corpus score is the unweighted mean of these.
+    """
     return tpl_score(logps_full, logps_frames, mask, frame_mask)[f"tpl_{mode}_{reduce}"]
 
 
@@ -85,7 +84,7 @@ def leave_one_out(
 
 
 def choose_frames(
-    num_frames: int, k: int | None, rng: np.random.Generator, frames: Literal["random", "last"] = "random"
+    num_frames: int, k: int | None, rng: np.random.Generator, frames: str = "random"
 ) -> list[int]:
     """Indices (from 0, ascending) of the single frames to score: k of T without replacement; None or k >= T: all.
 
@@ -105,7 +104,7 @@ def choose_frames(
     return sorted(int(i) for i in rng.choice(num_frames, k, replace=False))
 
 
-def single_frame_clip(index: int, num_frames: int, single_mode: Literal["single", "repeat"] = "single") -> list[int]:
+def single_frame_clip(index: int, num_frames: int, single_mode: str = "single") -> list[int]:
     """Frame indices that stand for one frame on the video path, where two frames share a temporal cell.
 
     `single` doubles the frame so that no motion leaks in; `repeat` keeps the video's length and positions (the control

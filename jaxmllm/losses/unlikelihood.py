@@ -14,16 +14,14 @@ supervised, and whatever stands elsewhere (NaN, infinity, target -100) never rea
 `turn_id` above T has no sigma and makes the token-level loss NaN.
 """
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxmllm.losses.masked import accumulator_dtype, masked_count, masked_mean, masked_sum, zero_masked
 
-Reduction = Literal["dialogue", "token", "turn_mean", "sum"]
-Level = Literal["token", "seq", "seq_geo"]
+REDUCTIONS = ("dialogue", "token", "turn_mean", "sum")
+LEVELS = ("token", "seq", "seq_geo")
 
 
 def log1mexp(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -80,8 +78,8 @@ def reflective_unlikelihood_sums(
     sigma: Float[Array, "*B T"],
     *,
     alpha: float | Float[Array, ""] = 10.0,
-    reduction: Reduction = "dialogue",
-    level: Level = "token",
+    reduction: str = "dialogue",
+    level: str = "token",
     ul_mask: Shaped[Array, "*B S"] | None = None,
     eps: float | Float[Array, ""] = 1e-5,
     log1mps: Float[Array, "*B S"] | None = None,
@@ -90,10 +88,10 @@ def reflective_unlikelihood_sums(
 
     Added up over microbatches or devices *before* the division, they give the loss of the whole batch.
     """
-    if reduction not in ("dialogue", "token", "turn_mean", "sum"):
-        raise ValueError(f"unknown reduction {reduction!r}; use dialogue, token, turn_mean or sum")
-    if level not in ("token", "seq", "seq_geo"):
-        raise ValueError(f"unknown level {level!r}; use token, seq or seq_geo")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}; use one of {', '.join(REDUCTIONS)}")
+    if level not in LEVELS:
+        raise ValueError(f"unknown level {level!r}; use one of {', '.join(LEVELS)}")
     supervised = turn_id > 0
     logps = zero_masked(logps, supervised)
     sigma = sigma.astype(accumulator_dtype(logps, sigma))
@@ -105,12 +103,11 @@ def reflective_unlikelihood_sums(
         count = masked_count(in_turn, axis=-2)
         score = total if level == "seq" else total / jnp.maximum(count, 1)
         has_turn = count > 0
-        sigma = zero_masked(sigma, has_turn)
         terms = _weighted_terms(score, log1mexp(jnp.where(has_turn, score, -1.0)), sigma, alpha * (1 - sigma), eps)
         return masked_sum(terms, has_turn), dialogues
 
     log1mps = log1mexp(jnp.where(supervised, logps, -1.0)) if log1mps is None else zero_masked(log1mps, supervised)
-    weight = zero_masked(jnp.take_along_axis(sigma, jnp.where(supervised, turn_id - 1, 0), axis=-1), supervised)
+    weight = jnp.take_along_axis(sigma, jnp.where(supervised, turn_id - 1, 0), axis=-1)
     exempt = 1 if ul_mask is None else ul_mask
     losses = zero_masked(_weighted_terms(logps, log1mps, weight, alpha * (1 - weight) * exempt, eps), supervised)
     if reduction == "dialogue":
@@ -126,8 +123,8 @@ def reflective_unlikelihood(
     sigma: Float[Array, "*B T"],
     *,
     alpha: float | Float[Array, ""] = 10.0,
-    reduction: Reduction = "dialogue",
-    level: Level = "token",
+    reduction: str = "dialogue",
+    level: str = "token",
     ul_mask: Shaped[Array, "*B S"] | None = None,
     eps: float | Float[Array, ""] = 1e-5,
     log1mps: Float[Array, "*B S"] | None = None,
@@ -163,8 +160,8 @@ def reper_loss(
     turn_id: Int[Array, "*B S"],
     sigma: Float[Array, "*B T"],
     alpha: float | Float[Array, ""] = 10.0,
-    reduction: Reduction = "dialogue",
-    level: Level = "token",
+    reduction: str = "dialogue",
+    level: str = "token",
     ul_mask: Shaped[Array, "*B S"] | None = None,
     eps: float | Float[Array, ""] = 1e-5,
 ) -> Float[Array, ""]:
@@ -182,7 +179,7 @@ def reper_logit_grad(logits: Float[Array, "*B S V"], *args, **kwargs) -> Float[A
 
 def normalize_rewards(
     r: Float[Array, "*B T"],
-    mode: Literal["source_max", "dialogue_max"],
+    mode: str,
     r_max: float | Float[Array, ""] | None = None,
 ) -> Float[Array, "*B T"]:
     """Rewards of each dialogue's answers as sigma (sheet reper.md 4.2 and gap G2).

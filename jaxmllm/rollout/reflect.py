@@ -17,7 +17,7 @@ Conversations are chat messages, `[{"role": "user", "content": [{"type": "image"
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -104,7 +104,7 @@ def conversation(
 
 
 def critic_conversation(
-    record: Mapping[str, Any], question: str, turns: Sequence[Turn], history: Literal["full", "current"] = "full"
+    record: Mapping[str, Any], question: str, turns: Sequence[Turn], history: str = "full"
 ) -> Conversation:
     """Asks a critic model about the last answer of `turns`: prose on the rubric, then `Score: N` of 100.
 
@@ -129,7 +129,7 @@ def critic_conversation(
 def model_critic(
     generate: Generate,
     scale: float = captioning.CRITIC_SCALE,
-    history: Literal["full", "current"] = "full",
+    history: str = "full",
 ) -> Critic:
     """A critic that is a model writing prose and `Score: N` of `scale`; scores are brought to 0..10 (gap G12)."""
 
@@ -231,7 +231,7 @@ class Source:
     gap: float  # best - worst must reach this
     margin: float  # the middle answer keeps this distance from both
     strict: bool  # whether `best` and `gap` must be exceeded
-    normalisation: Literal["source_max", "dialogue_max"]  # of the rewards as sigma
+    normalisation: str  # mode of `normalize_rewards` for sigma
 
     def accepts(self, best: float, worst: float, gap: float) -> bool:
         spread = round(best - worst, 9)  # 0.56 - 0.36 is exactly 0.2 here
