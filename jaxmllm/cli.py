@@ -252,6 +252,9 @@ def train(arguments: Sequence[str]) -> int:
     config = load_config(arguments[0])
     config = tyro.cli(TrainConfig, default=config, args=list(arguments[1:]), prog=f"jaxmllm train {arguments[0]}")
 
+    from jaxmllm import distributed
+
+    distributed.start()
     from jaxmllm.train.loop import EXIT_INTERRUPTED, Interrupted
     from jaxmllm.train.loop import train as run
     from jaxmllm.train.progress import Live

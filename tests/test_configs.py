@@ -137,13 +137,10 @@ def layout(tmp_path, monkeypatch):
 
 
 BEST = {"grounding": 2.0, "counting": 1.0, "ocr": 1.0, "detection": 3.0}  # perception_r1.md section 2
-UNFILTERED = pytest.mark.xfail(strict=True, reason="the task reward hands `style` to a task that has no styles")
 
 
 @pytest.mark.parametrize("thinking", [False, True])
-@pytest.mark.parametrize(
-    "path", [pytest.param(p, marks=UNFILTERED if p.stem == "ocr_2b" else (), id=p.stem) for p in RECIPES]
-)
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in RECIPES])
 def test_documented_data(path, thinking, layout):
     """The documented files are read as the recipe's task, and the gold answer in its style has the best reward."""
     config = load_config(path)

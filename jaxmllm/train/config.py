@@ -141,6 +141,12 @@ class TrainConfig:
                 self.grpo.validate(batch, len(self.rollout.reward_funcs))
             except ValueError as error:
                 problems += [f"grpo.{line}" for line in str(error).splitlines()]
+            sampling = self.rollout
+            if self.grpo.beta > 0 and (sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p):
+                problems.append(
+                    f"grpo.beta = {self.grpo.beta}: a KL term needs the whole distribution, a reference that could not have "
+                    "drawn a token is infinitely far; set rollout.top_p 1, top_k 0 and min_p None, or beta 0"
+                )
             if not self.grpo.max_completion_length:
                 problems.append("grpo.max_completion_length: a rollout needs a length in tokens")
         for part in (self.lora, self.rollout.sampling(()) if self.method == "grpo" else None):

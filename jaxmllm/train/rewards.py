@@ -6,6 +6,7 @@ something else is an error that names the function and the record: a silent zero
 
 import concurrent.futures
 import importlib
+import inspect
 import math
 import multiprocessing
 import numbers
@@ -22,8 +23,10 @@ Reward = Callable[[str, Mapping[str, Any]], Any]
 
 
 def task_reward(text: str, record: Mapping[str, Any], **style: Any) -> Any:
-    """The reward of the record's own task."""
-    return tasks.get(record["task"]).reward(text, record, **style)
+    """The reward of the record's own task, with those options that it knows."""
+    reward = tasks.get(record["task"]).reward
+    known = inspect.signature(reward).parameters
+    return reward(text, record, **{name: value for name, value in style.items() if name in known})
 
 
 def resolve(name: str) -> Reward:
