@@ -50,11 +50,12 @@ class Model:
         pad = self.tokenizer.pad_token_id
         return self.stop_ids[0] if pad is None else pad
 
-    def prepare(self, examples: Sequence[Example]) -> tuple[Prompts, int]:
-        """Prompts on the device, rows padded to what the mesh divides; and the number of real rows."""
+    def prepare(self, examples: Sequence[Example], at_least: int = 0) -> tuple[Prompts, int]:
+        """Prompts on the device, padded to `at_least` rows and to what the mesh divides; and the number of real rows."""
         rows = len(examples)
         parts = 1 if self.mesh is None else self.mesh.shape["replica"] * self.mesh.shape["fsdp"]
-        padded = [*examples, *[examples[-1]] * (-rows % parts)]
+        wanted = -(-max(rows, at_least) // parts) * parts
+        padded = [*examples, *[examples[-1]] * (wanted - rows)]
         prompts = collate(padded, self.buckets)
         return (jax.tree.map(jnp.asarray, prompts) if self.mesh is None else shard_batch(prompts, self.mesh)), rows
 
@@ -116,7 +117,7 @@ def load(
     Raises InputError naming the file and the field when anything does not fit.
     """
     folder = resolve(path_or_hub_id)
-    cfg = load_model_config(folder)
+    cfg = dataclasses.replace(load_model_config(folder), **({"dtype": dtype} if dtype else {}), **run)
     processor = Processor.from_pretrained(
         folder, cfg, min_pixels=min_pixels, max_pixels=max_pixels, max_prompt_length=max_prompt_length
     )
@@ -131,8 +132,7 @@ def load(
             return node
 
     params = hf.load_params(folder, cfg, dtype=dtype, sharding=sharding)
-    compute = dtype or params["embed"].dtype.name
-    cfg = dataclasses.replace(cfg, dtype=compute, **run)
+    cfg = dataclasses.replace(cfg, dtype=dtype or params["embed"].dtype.name)
     return Model(params, cfg, processor, mesh, folder, buckets or Buckets())
 
 
@@ -147,6 +147,10 @@ def _generation(model: Model, tokens: np.ndarray, length: int, logps: np.ndarray
     # box and reference markers are part of an answer, only the stop token is not
     text = model.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
     return Generation(text, ids, logps[:length], "stop" if stopped else "length")
+
+
+def _banned(model: Model) -> tuple[int, ...]:
+    return tuple(sorted(set(model.cfg.vision_token_ids)))
 
 
 def generate(
@@ -171,15 +175,14 @@ def generate(
     prompt is prefilled once, whatever `num_generations`. temperature 0 is greedy. A completion depends on `seed`, its
     conversation's place in the list and its own number, not on `batch_size`.
     """
-    if num_generations < 1 or max_new_tokens < 1:
-        raise InputError("num_generations and max_new_tokens must be at least 1")
-    sampling = Sampling(
-        temperature, top_k, top_p, min_p, repetition_penalty, tuple(sorted(set(model.cfg.vision_token_ids)))
-    ).validate()
+    if min(num_generations, max_new_tokens, batch_size) < 1:
+        raise InputError("num_generations, max_new_tokens and batch_size must be at least 1")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, _banned(model)).validate()
     examples = [model.processor.encode(conversation) for conversation in conversations]
     results: list[list[Generation]] = []
     for first in range(0, len(examples), batch_size):
-        prompts, rows = model.prepare(examples[first : first + batch_size])
+        # a last, shorter batch is filled up: another number of rows would be another program
+        prompts, rows = model.prepare(examples[first : first + batch_size], min(batch_size, len(examples)))
         padded = prompts.tokens.shape[0]
         keys = sampler.row_keys(jax.random.key(seed), first + jnp.arange(padded), num_generations)
         samples = sampler.sample(
@@ -211,8 +214,7 @@ def stream(
     every: int = 8,
 ) -> Iterator[list[Generation]]:
     """Like `generate` for one conversation, yielding what is written so far every `every` tokens; the last is complete."""
-    banned = tuple(sorted(set(model.cfg.vision_token_ids)))
-    sampling = dataclasses.replace(sampling, banned=banned).validate()
+    sampling = dataclasses.replace(sampling, banned=_banned(model)).validate()
     prompts, _ = model.prepare([model.processor.encode(conversation)])
     rows = prompts.tokens.shape[0]
     state = sampler.start(
@@ -242,14 +244,19 @@ def score(
     conversations: Sequence[Conversation],
     completions: Sequence[Sequence[str | Sequence[int]]],
     *,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    sampling: Sampling | None = None,
     batch_size: int = 8,
 ) -> list[list[np.ndarray]]:
     """Log-probability (nats) of every token of the given completions, texts or lists of token ids.
 
     `completions[i]` are continuations of conversation i and share its prefix. Texts are tokenised as they are: end them with
-    the stop token's text if it should count. `sampling` scores under a sampled distribution instead of the model's own.
+    the stop token's text if it should count. `sampling` None: under the model's own distribution; else under the one that
+    `generate` draws from with these options, which holds no vision tokens.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size = {batch_size}: must be at least 1")
+    if sampling is not None:
+        sampling = dataclasses.replace(sampling, banned=_banned(model)).validate()
     if len(conversations) != len(completions):
         raise InputError(f"{len(completions)} lists of completions for {len(conversations)} conversations")
     examples = [model.processor.encode(conversation) for conversation in conversations]
@@ -260,15 +267,17 @@ def score(
     for i, group in enumerate(ids):
         if any(not c for c in group):
             raise InputError(f"conversation {i}: a completion without a token cannot be scored")
+        if any(not 0 <= token < model.cfg.text.vocab_size for c in group for token in c):
+            raise InputError(f"conversation {i}: a completion holds token ids outside 0 .. {model.cfg.text.vocab_size - 1}")
     results: list[list[np.ndarray]] = []
     for first in range(0, len(examples), batch_size):
         group = ids[first : first + batch_size]
-        prompts, rows = model.prepare(examples[first : first + batch_size])
+        prompts, rows = model.prepare(examples[first : first + batch_size], min(batch_size, len(examples)))
         group = [*group, *[group[-1]] * (prompts.tokens.shape[0] - rows)]
         batch: Completions = collate_completions(group, model.buckets)
         if model.mesh is not None:
             batch = shard_batch(batch, model.mesh)
-        logps, _ = score_jit(model.params, model.cfg, prompts, batch, sampling)
+        logps, _ = score_jit(model.params, model.cfg, prompts, batch, sampling or Sampling())
         host = jax.device_get(logps)
         results += [[host[b, g, : len(c)] for g, c in enumerate(group[b])] for b in range(rows)]
     return results

@@ -42,7 +42,7 @@ def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Seq
     sizes = {"replica": replica, "fsdp": fsdp, "tensor": tensor}
     free = [axis for axis, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
-    if len(free) > 1 or known < 1:
+    if len(free) > 1 or any(size < 1 for axis, size in sizes.items() if axis not in free):
         raise InputError(f"mesh: at most one axis may be -1 and the others are at least 1, got {sizes}")
     if len(devices) % known or (not free and known != len(devices)):
         raise InputError(

@@ -175,7 +175,7 @@ class Case:
         divisor = {"bnpo": max(self.m.sum(), 1), "luspo": rows, "dr_grpo": rows * (self.o.max_completion_length or 1)}
         return sum(sums) / divisor[name] / steps
 
-    def gradient(self, h=1e-5):
+    def gradient(self, h=1e-6):
         grad = np.zeros_like(self.frozen)
         for index in np.ndindex(grad.shape):
             step = np.zeros_like(grad)

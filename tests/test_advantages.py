@@ -44,7 +44,7 @@ columns = st.lists(entries, min_size=ROWS, max_size=ROWS)
 
 
 def examples(count):
-    return settings(max_examples=count, deadline=None)
+    return settings(max_examples=count, deadline=None, derandomize=True, database=None)
 
 
 def mean(values):
@@ -90,7 +90,7 @@ def test_group_advantages(scale):
                 divisor = 1.0 if scale == "none" else spreads[-1] + EPS
                 want.append(zero_if_missing((r - mean(group)) / divisor))
         np.testing.assert_allclose(got, want, atol=1e-9)
-        np.testing.assert_allclose(metrics["reward"], mean(rewards))
+        np.testing.assert_allclose(metrics["reward"], mean(rewards), atol=1e-12)
         np.testing.assert_allclose(metrics["reward_std"], deviation(rewards), atol=1e-12)
         assert metrics["frac_reward_zero_std"] == pytest.approx(sum(s <= 1e-8 for s in spreads) / ROWS)
 
@@ -236,6 +236,7 @@ def test_soft_overlong_punishment():
     assert advantages.soft_overlong_punishment([100, 101], 100, 0) == [0.0, -1.0]
 
 
+@examples(60)
 @given(st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=4), st.integers(1, 4))
 def test_repetition_penalty(completions, n):
     got = advantages.repetition_penalty(completions, n, max_penalty=-2.0)

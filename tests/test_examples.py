@@ -169,6 +169,25 @@ def test_chats(processor, tmp_path, real):
         assert [record.get("size") for record in batch.records] == [[60, 40]] * 3 + [None]
 
 
+def test_chats_about_one_picture_share_it(processor, tmp_path):
+    for name in "ab":
+        picture(tmp_path / f"{name}.png")
+    image = {"type": "image", "image": str(tmp_path / "a.png")}
+    pairs = [[turn("user", image, words(f"What {k}?")), turn("assistant", f"A dog {k}.")] for k in range(3)]
+    other = [turn("system", "Be kind."), turn("user", image, words("Else?")), turn("assistant", "Yes.")]
+    longer = [turn("user", {"type": "image", "image": str(tmp_path / "b.png")}, words("And?")), turn("assistant", "One."),
+              turn("user", "More?"), turn("assistant", "Two.")]  # fmt: skip
+    rows = [{"messages": messages, "id": k} for k, messages in enumerate([*pairs, other, longer, longer])]
+    source = open_source(f"chat:{write(tmp_path / 'x.jsonl', rows)}?group=1")
+    assert len(source) == 2
+    with sft_batches(source, processor, 1, Buckets(), questions=4, shuffle=False) as batches:
+        shared, alone = next(batches), next(batches)
+    check_answers(processor, source, Asking(), shared, 4)
+    assert [record["id"] for record in shared.records[0]] == ["0", "1", "2"]  # the fourth has a system turn
+    assert len(alone.records[0]) == 1 and alone.records[0][0]["id"] in ("4", "5")
+    assert (alone.completions.lengths[0] > 0).tolist() == [True, False, False, False]
+
+
 def test_videos(processor, tmp_path):
     for k in range(4):
         picture(tmp_path / "clip" / f"{k}.png", 56, 56)

@@ -1,4 +1,9 @@
-"""Tower, decoder, gradients and greedy text equal transformers' torch models, in float32."""
+"""Tower, decoder, gradients and greedy text equal transformers' torch models, in float32.
+
+The torch model runs every prompt alone; ours runs all of them as one padded batch, one program for all prompts.
+"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,72 +11,102 @@ import numpy as np
 import pytest
 
 from jaxmllm.config import load_model_config
+from jaxmllm.data.images import PixelConfig
+from jaxmllm.losses.logprobs import Sampling
 from jaxmllm.model import hf, qwen_vl
-from tests import parity
+from jaxmllm.rollout import sampler
+from tests import parity, tiny
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("fast_compile")
 KINDS = ("qwen2_5_vl", "qwen2_vl")
 TOLERANCE = 1e-4  # of the largest entry
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, tmp_path_factory):
-    """(torch model, our parameters, our config), the same weights."""
+    """(torch model, rows by name, our parameters, our config, the rows as one batch), the same weights."""
     model = parity.torch_model(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     cfg = load_model_config(folder)
-    return model, hf.load_params(folder, cfg), cfg
+    rows = parity.build(model)
+    return model, rows, hf.load_params(folder, cfg), cfg, tiny.pad(list(rows.values()), PixelConfig())
 
 
-def relative(ours, theirs) -> float:
-    theirs = np.asarray(theirs)
-    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
-
-
-@pytest.mark.parametrize("batch", parity.BATCHES)
-def test_logits_and_vision_tokens(pair, batch):
-    model, params, cfg = pair
-    inputs, prompts = parity.build(parity.BATCHES[batch], model)
-    with torch.no_grad():
-        expected = model(**inputs).logits.numpy()
+@pytest.fixture(scope="module")
+def ours(pair):
+    """Logits [B, S, vocab] and vision tokens [B, V, D] of the batch."""
+    _, _, params, cfg, prompts = pair
 
     @jax.jit
     def run(params, prompts):
-        hidden, _ = qwen_vl.forward(params, cfg, prompts)
-        return qwen_vl.logits(params, hidden)
+        tokens = qwen_vl.encode(params, cfg, prompts.vision)
+        hidden, _ = qwen_vl.forward(params, cfg, prompts, vision_tokens=tokens)
+        return qwen_vl.logits(params, hidden), tokens
 
-    ours = np.asarray(run(params, prompts))
-    for row, length in enumerate(prompts.lengths):
-        assert relative(ours[row, :length], expected[row, :length]) <= TOLERANCE, batch
-    if prompts.vision is None or "pixel_values" not in inputs:
-        return
+    return jax.device_get(run(params, prompts))
+
+
+def relative(ours, theirs) -> float:
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("name", parity.ROWS)
+def test_logits(pair, ours, name):
+    model, rows, *_ = pair
     with torch.no_grad():
-        tower = model.model.visual(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output.numpy()
-    tokens = np.asarray(jax.jit(qwen_vl.encode, static_argnums=1)(params, cfg, prompts.vision))
-    is_image = np.asarray(prompts.tokens) == parity.IMAGE
-    ours = np.concatenate([tokens[b][prompts.vision_index[b][is_image[b]]] for b in range(len(tokens))])
-    assert relative(ours, tower) <= TOLERANCE
+        expected = model(**parity.torch_inputs([rows[name]])).logits[0].numpy()
+    got = ours[0][list(rows).index(name), : len(expected)]
+    assert relative(got, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("batch", ["three odd images", "padded mix"])
-def test_gradients_of_every_parameter(pair, batch):
-    model, params, cfg = pair
-    inputs, prompts = parity.build(parity.BATCHES[batch], model)
+def test_text_without_a_tower(pair, ours):
+    """A batch without any picture is another program: `vision` is None."""
+    _, rows, params, cfg, prompts = pair
+    text = tiny.pad([rows["text"]], PixelConfig())
+    assert text.vision is None
+    hidden, _ = jax.jit(qwen_vl.forward, static_argnums=1)(params, cfg, text)
+    got = np.asarray(qwen_vl.logits(params, hidden))[0]
+    assert relative(got, ours[0][list(rows).index("text"), : len(got)]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name, parts in parity.ROWS.items() if len(parts) > 1])
+def test_vision_tokens(pair, ours, name):
+    model, rows, _, _, prompts = pair
+    inputs, b = parity.torch_inputs([rows[name]]), list(rows).index(name)
+    for pixels, grid, token in (
+        ("pixel_values", "image_grid_thw", parity.IMAGE),
+        ("pixel_values_videos", "video_grid_thw", parity.VIDEO),
+    ):
+        if pixels not in inputs:
+            continue
+        with torch.no_grad():
+            expected = model.model.visual(inputs[pixels], inputs[grid]).pooler_output.numpy()
+        length = prompts.lengths[b]
+        places = prompts.vision_index[b, :length][prompts.tokens[b, :length] == token]
+        assert relative(ours[1][b, places], expected) <= TOLERANCE
+
+
+def test_gradients_of_every_parameter(pair):
+    """Of a mean of randomly weighted logits over all rows."""
+    model, rows, params, cfg, prompts = pair
     real = np.arange(prompts.tokens.shape[1]) < prompts.lengths[:, None]
     weights = np.random.default_rng(0).normal(size=(*real.shape, parity.VOCAB)).astype(np.float32) * real[..., None]
+    weights /= real.sum()
     model.zero_grad()
-    (model(**inputs).logits * torch.tensor(weights)).mean().backward()
+    for row, weight in zip(rows.values(), weights, strict=True):
+        (model(**parity.torch_inputs([row])).logits[0] * torch.tensor(weight[: len(row.tokens)])).sum().backward()
 
     @jax.jit
-    def gradient(params):
+    def gradient(params, prompts):
         def loss(params):
             hidden, _ = qwen_vl.forward(params, cfg, prompts)
-            return jnp.mean(qwen_vl.logits(params, hidden) * weights)
+            return jnp.sum(qwen_vl.logits(params, hidden) * weights)
 
         return jax.grad(loss)(params)
 
-    grads = gradient(params)
+    grads = jax.device_get(gradient(params, prompts))
     state = {
         name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): p
         for name, p in model.named_parameters()
@@ -83,7 +118,7 @@ def test_gradients_of_every_parameter(pair, batch):
         leaf = grads
         for key in entry.path:
             leaf = leaf[key]
-        ours = entry.to_hf(np.asarray(leaf if entry.layer is None else leaf[entry.layer]))
+        ours = entry.to_hf(leaf if entry.layer is None else leaf[entry.layer])
         theirs = state[name].grad.numpy()
         # a parameter whose true gradient is zero (a key's bias) is compared against the scale of the others
         scale = max(np.abs(theirs).max(), 1e-3 * largest)
@@ -91,16 +126,20 @@ def test_gradients_of_every_parameter(pair, batch):
 
 
 def test_greedy_generation_is_identical(pair):
-    from jaxmllm.losses.logprobs import Sampling
-    from jaxmllm.rollout import sampler
-
-    model, params, cfg = pair
-    inputs, prompts = parity.build(parity.BATCHES["image and video"], model)
-    with torch.no_grad():
-        expected = model.generate(**inputs, max_new_tokens=64, do_sample=False, pad_token_id=0)
-    expected = expected[:, inputs["input_ids"].shape[1] :].numpy()
-    keys = sampler.row_keys(jax.random.key(0), jnp.arange(1), 1)
+    """64 tokens of every row. The torch model's next token after every prefix of ours is ours, so its greedy text is too;
+    its own `generate` confirms that on the row that holds everything."""
+    model, rows, params, cfg, prompts = pair
+    keys = sampler.row_keys(jax.random.key(0), jnp.arange(len(rows)), 1)
     samples = sampler.sample(
-        params, cfg, jax.tree.map(jnp.asarray, prompts), keys, Sampling(temperature=0.0), max_new_tokens=64, stop_ids=(), pad_id=0
+        params, cfg, prompts, keys, Sampling(temperature=0.0), max_new_tokens=64, stop_ids=(), pad_id=0
     )
-    assert np.asarray(samples.tokens)[:, 0].tolist() == expected.tolist()
+    written = dict(zip(rows, np.asarray(samples.tokens)[:, 0].tolist(), strict=True))
+    for name, row in rows.items():
+        inputs = parity.torch_inputs([dataclasses.replace(row, tokens=[*row.tokens, *written[name]])])
+        with torch.no_grad():
+            best = model(**inputs).logits[0].argmax(-1)[len(row.tokens) - 1 : -1]
+        assert written[name] == best.tolist(), name
+    inputs = parity.torch_inputs([rows["image and video"]])
+    with torch.no_grad():
+        text = model.generate(**inputs, max_new_tokens=64, do_sample=False, pad_token_id=0)
+    assert written["image and video"] == text[0, inputs["input_ids"].shape[1] :].tolist()

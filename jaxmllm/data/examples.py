@@ -65,10 +65,13 @@ class Asking:
         task = _task(record)
         if hasattr(task, "content"):
             return _call(task.content, record, self.options)
-        return [*pictures(record), {"type": "text", "text": _call(task.prompt, record, self.options)}]
+        return [*pictures(record), _text(_call(task.prompt, record, self.options))]
 
     def answer(self, record: Record) -> str:
-        """The gold completion, without the end of the turn."""
+        """The gold completion, without the end of the turn: of a chat its last turn."""
+        if "messages" in record:
+            content = record["messages"][-1]["content"]
+            return content if isinstance(content, str) else "".join(part["text"] for part in content)
         return _call(_task(record).answer, record, self.options)
 
     def opening(self) -> list[Message]:
@@ -89,6 +92,10 @@ class Asking:
     def with_opening(self, messages: Sequence[Message]) -> list[Message]:
         """A chat with the system turn, unless it has its own."""
         return list(messages) if messages[0]["role"] == "system" else [*self.opening(), *messages]
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
 
 
 def pictures(record: Record) -> list[dict[str, Any]]:
@@ -215,13 +222,18 @@ class _Encoder:
     def __getstate__(self):
         return self.__dict__ | {"_prefixes": {}}
 
-    def split(self, record: Record) -> tuple[list[dict[str, Any]], str]:
-        """The parts of a task's message up to the last picture, and the text after it."""
-        parts = self.asking.parts(record)
+    def split(self, record: Record) -> tuple[list[Message], list[dict[str, Any]], str]:
+        """The turns before a record's one question, its parts up to the last picture, and the text after that."""
+        opening, parts = self.asking.opening(), record.get("messages")
+        if parts is None:
+            parts = self.asking.parts(record)
+        else:
+            *opening, message, _ = self.asking.with_opening(parts)
+            parts = message["content"] if not isinstance(message["content"], str) else [_text(message["content"])]
         end = 1 + max((k for k, part in enumerate(parts) if part["type"] != "text"), default=-1)
-        return parts[:end], "".join(part["text"] for part in parts[end:])
+        return opening, parts[:end], "".join(part["text"] for part in parts[end:])
 
-    def prefix(self, parts: list[dict[str, Any]]) -> Example:
+    def prefix(self, opening: list[Message], parts: list[dict[str, Any]]) -> Example:
         """The prompt up to its last picture; without one, up to where the question begins.
 
         With images its tokens depend on the sizes and the texts alone, so they are kept.
@@ -231,12 +243,11 @@ class _Encoder:
             images = [part["image"] for part in parts if part["type"] == "image"]
             pixels = self.processor.pixel_config
             frames = [image_frames(image, pixels, f"image {k}") for k, image in enumerate(images)]
-            key = (*(picture.grid for picture in frames), *(part.get("text") for part in parts))
+            key = (repr(opening), *(picture.grid for picture in frames), *_texts(parts))
             if key in self._prefixes:
                 return dataclasses.replace(self._prefixes[key], vision=frames)
-        content = [*parts, {"type": "text", "text": _QUESTION}]
-        turns = [*self.asking.opening(), {"role": "user", "content": content}]
-        example = self.processor.encode(turns, add_generation_prompt=False)
+        question = {"role": "user", "content": [*parts, _text(_QUESTION)]}
+        example = self.processor.encode([*opening, question], add_generation_prompt=False)
         if not parts:
             return cut(example, len(self.ids([example.text.partition(_QUESTION)[0]])[0]))
         ends = np.flatnonzero(example.tokens == self.processor.model_config.vision_end_token_id)
@@ -289,24 +300,25 @@ class PromptEncoder(_Encoder):
         if "messages" in record or not pictures(record):
             example = self.processor.encode(self.asking.conversation(record))
         else:
-            parts, question = self.split(record)
-            example = extend(self.prefix(parts), self.ids([question + self.between])[0])
+            opening, parts, question = self.split(record)
+            example = extend(self.prefix(opening, parts), self.ids([question + self.between])[0])
         return self.checked(Encoded(index, [self.seen(record, example)], example))
 
 
 class AnswerEncoder(_Encoder):
     """Gold answers to learn, as G completions of one prompt.
 
-    Task records that share their pictures: the prompt ends with the last of them, so that it is the same for all, and a
-    completion is the question, the turn of the assistant and its answer. (Records that place other texts between the
-    pictures than the first one does are left out.)
+    Records of tasks, and several chats of one question that share their pictures: the prompt ends with the last picture,
+    so that it is the same for all, and a completion is the question, the turn of the assistant and its answer. (Records
+    whose prompt differs from the first one's, by a system turn or by texts between pictures, are left out.)
 
         prompt      <|im_start|>system ..<|im_end|> <|im_start|>user <|vision_start|> .. <|vision_end|>
         completion  Output the .. <|im_end|> <|im_start|>assistant [{"bbox_2d": ..}]<|im_end|>
         weights     0 0 0 0                                        1 1 1 1 1 1 1 1 1 1
 
-    Chats: the prompt ends where the first answer after the last picture begins, the completion is the rest; what the
-    assistant said before stays context. Answers are tokenised apart from what precedes them, as they are sampled.
+    Other chats, one at a time: the prompt ends where the first answer after the last picture begins, the completion is
+    the rest; what the assistant said before stays context. Answers are tokenised apart from what precedes them, as they
+    are sampled.
     """
 
     def __init__(
@@ -316,20 +328,21 @@ class AnswerEncoder(_Encoder):
         self.questions, self.seed, self.weigh = questions, seed, weigh
 
     def __call__(self, source: RecordSource, index: int, place: int) -> Encoded:
-        records = all_records(source, index)
-        if "messages" in records[0]:
-            return self._chat(index, sized(records[0], self.processor.pixel_config))
+        records, draw = all_records(source, index), np.random.default_rng([self.seed, place])
+        pixels = self.processor.pixel_config
+        if "messages" in records[0] and not (len(records) > 1 and all(map(_is_pair, records))):
+            return self._chat(index, sized(records[int(draw.integers(len(records)))], pixels))
         if len(records) > self.questions:
-            chosen = np.random.default_rng([self.seed, place]).permutation(len(records))[: self.questions]
-            records = [records[i] for i in sorted(chosen)]
-        return self._shared(index, [sized(record, self.processor.pixel_config) for record in records])
+            records = [records[i] for i in sorted(draw.permutation(len(records))[: self.questions])]
+        return self._shared(index, [sized(record, pixels) for record in records])
 
     def _shared(self, index: int, records: list[Record]) -> Encoded:
         asked = [self.split(record) for record in records]
-        prefix = self.prefix(asked[0][0])
-        same = [k for k, (parts, _) in enumerate(asked) if _texts(parts) == _texts(asked[0][0])]
+        first, parts, _ = asked[0]
+        prefix = self.prefix(first, parts)
+        same = [k for k, (opening, own, _) in enumerate(asked) if opening == first and _texts(own) == _texts(parts)]
         records = [self.seen(records[k], prefix) for k in same]
-        questions = [asked[k][1] + self.between for k in same]
+        questions = [asked[k][2] + self.between for k in same]
         answers = [self.asking.answer(record) + self.end for record in records]
         ids = self.ids(questions + answers)
         pairs = list(zip(ids[: len(records)], ids[len(records) :], strict=True))
@@ -369,6 +382,12 @@ class AnswerEncoder(_Encoder):
         if len(weights) != len(answer):
             raise InputError(f"weigh: {len(weights)} weights for an answer of {len(answer)} tokens")
         return weights
+
+
+def _is_pair(record: Record) -> bool:
+    """Whether a record is one question with its answer."""
+    roles = [message["role"] for message in record.get("messages", ())]
+    return "messages" not in record or roles[-2:] == ["user", "assistant"] and set(roles[:-2]) <= {"system"}
 
 
 def _texts(parts: list[dict[str, Any]]) -> list[str | None]:

@@ -331,4 +331,4 @@ class RowSource(Source):
     def _record(self, index: int) -> Record:
         row = self.rows[index]
         record = self.parse(row, self.root)
-        return {"id": str(row.get("id", index)), **record}
+        return {**record, "id": str(row.get("id", index))}

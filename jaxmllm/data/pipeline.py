@@ -71,7 +71,7 @@ class _Loader:
         for place in range(step * self.batch_size + self.block[0], step * self.batch_size + self.block[1]):
             inside = place if self.total is None else min(place, self.total - 1)
             index, row = int(self.indices[inside]), None
-            for attempt in range(self.max_bad_records + 1):
+            for attempt in range(min(self.max_bad_records + 1, len(self.source))):
                 # in place of a bad record the next readable one: decided by the data alone, so resuming repeats it
                 chosen = (index + attempt) % len(self.source)
                 try:
@@ -99,7 +99,7 @@ def _named(source: RecordSource, index: int) -> Iterator[None]:
         raise (error if str(error).startswith(name) else InputError(f"{name}: {error}")) from None
     except KeyError as error:
         raise InputError(f"{name}: field {error} is missing") from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, OSError) as error:
         raise InputError(f"{name}: a field has the wrong form ({error})") from None
 
 

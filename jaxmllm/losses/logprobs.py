@@ -5,6 +5,7 @@ that rows keep their place on the mesh.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +34,11 @@ class Sampling:
     def validate(self) -> "Sampling":
         """Raises InputError naming the option that is out of range."""
         for name, ok, need in (
-            ("temperature", self.temperature >= 0, ">= 0"),
+            ("temperature", 0 <= self.temperature < math.inf, ">= 0"),
             ("top_k", self.top_k >= 0, ">= 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "> 0"),
         ):
             if not ok:
                 raise InputError(f"{name} = {getattr(self, name)}: must be {need}")
@@ -57,10 +58,10 @@ def warp(
     if sampling.repetition_penalty != 1.0:
         penalised = jnp.where(x > 0, x / sampling.repetition_penalty, x * sampling.repetition_penalty)
         x = jnp.where(seen, penalised, x)
-    if sampling.banned:
-        x = x.at[:, jnp.asarray(sampling.banned)].set(MASKED)
     if sampling.temperature not in (0.0, 1.0):
         x = x / sampling.temperature
+    if sampling.banned:
+        x = x.at[:, jnp.asarray(sampling.banned)].set(MASKED)
     if 0 < sampling.top_k < x.shape[-1]:
         kth = jax.lax.top_k(jax.lax.stop_gradient(x), sampling.top_k)[0][:, -1:]
         x = jnp.where(x >= kth, x, MASKED)
@@ -117,10 +118,10 @@ def token_logprobs(
     vocab = kernel.shape[1]
     hidden, targets = hidden.reshape(-1, length, width), targets.reshape(-1, length)
     rows = hidden.shape[0]
+    sampling = sampling.scored
     penalised = sampling.repetition_penalty != 1.0
     chunk = 1 if penalised else max(1, min(length, chunk or CHUNK_ELEMENTS // max(1, rows * vocab)))
     pad = -length % chunk
-    sampling = sampling.scored
 
     def split(a):
         a = jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2))

@@ -19,20 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-KERNELS = ("auto", "dense", "cudnn", "splash")
 MASKED = -1e30  # finite, so that a fully masked row gives a finite (unused) output instead of NaN
 
 
 def choose_kernel(kernel: str, length: int, head_dim: int, dtype) -> str:
-    """Which implementation attends over `length` tokens: `auto` picks by backend, shape and dtype."""
-    if kernel != "auto":
-        return kernel
-    backend = jax.default_backend()
-    if backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
-        return "cudnn"
-    if backend == "tpu" and length % 128 == 0 and head_dim % 64 == 0:
-        return "splash"
-    return "dense"
+    """Which implementation attends over `length` tokens: `kernel`, or by backend for `auto`; dense where it does not fit."""
+    if kernel == "auto":
+        kernel = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "dense")
+    fits = {
+        "dense": True,
+        "cudnn": dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128,
+        "splash": length % 128 == 0 and head_dim % 64 == 0,
+    }
+    return kernel if fits[kernel] else "dense"
 
 
 def _heads_first(q: Float[Array, "B X N H"], kv_heads: int) -> Float[Array, "B K RX H"]:

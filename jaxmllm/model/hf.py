@@ -5,6 +5,7 @@ nothing is memory-mapped. Everything that does not match is collected and report
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -115,36 +116,49 @@ class Stored:
 
 
 def _read_header(file: Path) -> dict[str, Stored]:
+    """Name -> tensor of one file. InputError when the header is not one of the safetensors format."""
     size = file.stat().st_size
     with open(file, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > size - 8:
             raise InputError(f"{file}: truncated or not a safetensors file (header of {length} bytes, file of {size})")
-        try:
-            header = json.loads(handle.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"{file}: not a safetensors file ({error})") from None
-    base = 8 + length
-    return {
-        name: Stored(file, raw["dtype"], tuple(raw["shape"]), base + raw["data_offsets"][0], base + raw["data_offsets"][1])
-        for name, raw in header.items()
-        if name != "__metadata__"
-    }
+        text = handle.read(length)
+    base, tensors = 8 + length, {}
+    try:
+        for name, raw in json.loads(text).items():
+            if name != "__metadata__":
+                start, end = (int(offset) for offset in raw["data_offsets"])
+                shape = tuple(int(n) for n in raw["shape"])
+                if start < 0 or min(shape, default=0) < 0:
+                    raise ValueError(f"{name} has a negative size")
+                tensors[name] = Stored(file, str(raw["dtype"]), shape, base + start, base + end)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file}: not a safetensors file, its header cannot be read ({error!r})") from None
+    return tensors
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, all of them inside its folder."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: not a safetensors index ({error!r})") from None
+    if outside or not names:
+        raise InputError(f"{index}: weight_map must name files of the folder, got {', '.join(outside) or 'none'}")
+    lost = [name for name in names if not (index.parent / name).is_file()]
+    if lost:
+        raise InputError(f"{index}: shards missing from the folder: {', '.join(lost)}")
+    return [index.parent / name for name in names]
 
 
 def stored_tensors(folder: str | Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint folder, by canonical name: `model.safetensors` or the shards of its index."""
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        lost = [file.name for file in files if not file.exists()]
-        if lost:
-            raise InputError(f"{index}: shards missing from the folder: {', '.join(lost)}")
-    elif (folder / "model.safetensors").exists():
-        files = [folder / "model.safetensors"]
-    else:
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.exists() and not single.is_file():
         raise InputError(f"{folder}: no model.safetensors or model.safetensors.index.json (only safetensors are read)")
+    files = _shards(index) if index.exists() else [single]
     found = {}
     for file in files:
         for name, tensor in _read_header(file).items():
@@ -201,7 +215,7 @@ def load_params(
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params: dict = {}
     for path, leaf in _leaves(abstract_params(cfg)):
-        kind = jnp.dtype(dtype or DTYPES[found[members[path][0]].dtype])
+        kind = jnp.dtype(dtype) if dtype else _common([found[name].dtype for name in members[path]])
         target = sharding(path, leaf) if sharding else default
         array = _load_leaf(leaf.shape, kind, target, [(table[n], found[n]) for n in members[path]])
         node = params
@@ -209,6 +223,11 @@ def load_params(
             node = node.setdefault(key, {})
         node[path[-1]] = array
     return params
+
+
+def _common(stored: list[str]) -> jnp.dtype:
+    """The dtype of a stacked array whose layers were stored in `stored`."""
+    return functools.reduce(jnp.promote_types, {jnp.dtype(DTYPES[name]) for name in stored})
 
 
 def _load_leaf(shape, dtype, sharding, tensors: list[tuple[Entry, Stored]]) -> jax.Array:
@@ -253,14 +272,20 @@ def save_params(
     """Writes a folder that transformers loads: safetensors (sharded above `max_shard_bytes`), index and config.json.
 
     Config, tokenizer and processor files are copied from `source` when given. The folder appears whole or not at all; an
-    existing folder is replaced. Every process must call it; the first writes. Raises InputError for a tree with LoRA left.
+    existing checkpoint folder is replaced. Every process must call it; the first writes. Raises InputError for a tree with
+    LoRA left or other parameters than the architecture's, and for a folder that holds something else.
     """
     if "lora" in params:
         raise InputError("export: merge the LoRA weights first (jaxmllm.model.lora.merge)")
-    folder = Path(folder)
+    folder = Path(folder).absolute()
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists())):
+        raise InputError(f"{folder}: exists and is not a checkpoint folder; choose another name")
     members: dict[tuple[str, ...], list[tuple[str, Entry]]] = {}
     for name, entry in key_table(cfg).items():
         members.setdefault(entry.path, []).append((name, entry))
+    differing = members.keys() ^ {path for path, _ in _leaves(params)}
+    if differing:
+        raise InputError(f"export: parameters differ from the architecture's: {', '.join(map('/'.join, sorted(differing)))}")
     writer = jax.process_index() == 0
     folder.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)) if writer else None
@@ -285,14 +310,15 @@ def save_params(
                 total += tensor.nbytes
         flush()
         if stage is not None:
-            _finish(stage, folder, files, total, cfg, source)
+            stored = dtype or params["embed"].dtype.name
+            _finish(stage, folder, files, total, config_to_hf(cfg), source, stored)
     except BaseException:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
         raise
 
 
-def _finish(stage: Path, folder: Path, files: list[list[str]], total: int, cfg: ModelConfig, source) -> None:
+def _finish(stage: Path, folder: Path, files: list[list[str]], total: int, config: dict, source, dtype: str) -> None:
     weight_map = {}
     for i, names in enumerate(files):
         single = len(files) == 1
@@ -306,8 +332,13 @@ def _finish(stage: Path, folder: Path, files: list[list[str]], total: int, cfg: 
         for file in Path(source).glob(pattern):
             if file.name != "model.safetensors.index.json":
                 shutil.copy(file, stage / file.name)
-    if not (stage / "config.json").exists():
-        (stage / "config.json").write_text(json.dumps(config_to_hf(cfg), indent=2))
+    if (stage / "config.json").exists():
+        config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
+    for part in (config, *(config[key] for key in ("text_config", "vision_config") if config.get(key))):
+        for key in ("dtype", "torch_dtype"):  # transformers loads in this dtype
+            if key in part or (part is config and key == "torch_dtype" and "dtype" not in part):
+                part[key] = dtype
+    (stage / "config.json").write_text(json.dumps(config, indent=2))
     os.chmod(stage, 0o755)
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old")
@@ -317,6 +348,11 @@ def _finish(stage: Path, folder: Path, files: list[list[str]], total: int, cfg: 
         shutil.rmtree(old)
     else:
         os.replace(stage, folder)
+
+
+def _plain(number: float) -> float:
+    """transformers 5 refuses 4.0 where it expects a whole number."""
+    return int(number) if number == int(number) else number
 
 
 def config_to_hf(cfg: ModelConfig) -> dict:
@@ -329,9 +365,11 @@ def config_to_hf(cfg: ModelConfig) -> dict:
     if cfg.model_type == "qwen2_vl":
         vision["embed_dim"] = vision.pop("hidden_size")
         vision["hidden_size"] = vision.pop("out_hidden_size")
-        vision["mlp_ratio"] = vision.pop("intermediate_size") / vision["embed_dim"]
+        vision["mlp_ratio"] = _plain(vision.pop("intermediate_size") / vision["embed_dim"])
         for key in ("window_size", "fullatt_block_indexes", "tokens_per_second"):
             vision.pop(key)
+    else:
+        vision["tokens_per_second"] = _plain(vision["tokens_per_second"])
     architecture = {"qwen2_vl": "Qwen2VLForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}
     return {
         "architectures": [architecture[cfg.model_type]],

@@ -6,6 +6,7 @@ adds `scale * (x a) b`. `b` starts at zero, so a fresh adapter changes nothing (
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -13,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxmllm.errors import InputError
 from jaxmllm.mesh import tree_paths
-from jaxmllm.model.hf import NAMES
+from jaxmllm.model.hf import MAX_LISTED, NAMES
 
 DECODER_LINEARS = r"text/layers/.*(q|k|v|o|gate|up|down)_proj"
+UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")  # options of PEFT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,12 @@ def _stacked(path: str) -> bool:
     return path.startswith(("text/layers/", "vision/blocks/"))
 
 
+def _layers(params: dict) -> list[str]:
+    """Layers that may carry an adapter: all but the patch embedding, a convolution in Hugging Face's model."""
+    paths = jax.tree.leaves(tree_paths(params))
+    return [p.removesuffix("/kernel") for p in paths if p.endswith("/kernel") and "patch_embed" not in p]
+
+
 def _at(tree: dict, path: str) -> dict:
     for key in path.split("/"):
         tree = tree[key]
@@ -61,7 +70,7 @@ def add(key: Key[Array, ""], params: dict, config: LoRAConfig) -> dict:
     """`params` with fresh float32 adapters on every kernel whose layer path matches. InputError when none does."""
     config.validate()
     base = {name: value for name, value in params.items() if name != "lora"}
-    kernels = [p.removesuffix("/kernel") for p in jax.tree.leaves(tree_paths(base)) if p.endswith("/kernel")]
+    kernels = _layers(base)
     chosen = [path for path in kernels if re.fullmatch(config.targets, path)]
     if not chosen:
         raise InputError(f"lora.targets = {config.targets!r} matches no layer; layers are {', '.join(sorted(kernels))}")
@@ -132,37 +141,65 @@ def save(params: dict, config: LoRAConfig, folder: str | Path, base_model: str =
     (folder / "adapter_config.json").write_text(json.dumps(meta, indent=2))
 
 
-def load(params: dict, folder: str | Path) -> dict:
-    """`params` with the adapters of a PEFT folder. InputError lists tensors that fit no layer or are missing."""
-    folder = Path(folder)
+def _read(folder: Path) -> tuple[float, dict[str, np.ndarray]]:
+    """(scale of the update, tensors by Hugging Face module name) of a PEFT folder."""
+    path = folder / "adapter_config.json"
     try:
-        meta = json.loads((folder / "adapter_config.json").read_text())
+        meta = json.loads(path.read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
     except FileNotFoundError as error:
-        raise InputError(f"{folder}: not a PEFT adapter folder ({error.filename} is missing)") from None
+        raise InputError(f"{folder}: not a PEFT adapter folder ({error.filename or error} is missing)") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder}: the adapter cannot be read ({error})") from None
+    try:
+        rank, alpha = int(meta["r"]), float(meta["lora_alpha"])
+        changed = [key for key in UNSUPPORTED if meta.get(key)]
+        scale = alpha / (rank**0.5 if meta.get("use_rslora") else rank)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: r and lora_alpha are needed ({error!r})") from None
+    if changed:
+        raise InputError(f"{path}: {', '.join(changed)} is set and not supported")
+    # the decoder's modules lay one level higher before transformers 4.52
+    old, new = "base_model.model.model.layers.", "base_model.model.model.language_model.layers."
+    tower = "base_model.model.visual.", "base_model.model.model.visual."
+    return scale, {re.sub(f"^{re.escape(tower[0])}", tower[1], k.replace(old, new)): v for k, v in tensors.items()}
+
+
+def load(params: dict, folder: str | Path) -> dict:
+    """`params` with the adapters of a PEFT folder.
+
+    Raises InputError for a folder that cannot be read and for options that are not supported, and lists every tensor that
+    fits no layer, is missing or has another shape.
+    """
+    folder = Path(folder)
+    scale, tensors = _read(folder)
     base = {name: value for name, value in params.items() if name != "lora"}
-    scale, lora, problems = meta["lora_alpha"] / meta["r"], {}, []
-    for path in (p.removesuffix("/kernel") for p in jax.tree.leaves(tree_paths(base)) if p.endswith("/kernel")):
+    lora: dict = {}
+    problems: list[str] = []
+    for path in _layers(base):
         kernel = _at(base, path)["kernel"]
         layers = range(kernel.shape[0]) if _stacked(path) else [None]
         names = [_peft_name(path, layer) for layer in layers]
-        if not any(f"{name}.lora_A.weight" in tensors for name in names):
+        if not any(f"{name}.lora_{which}.weight" in tensors for name in names for which in "AB"):
             continue
-        pairs = []
+        width, *out = kernel.shape[1:] if _stacked(path) else kernel.shape
+        downs, ups = [], []
         for name in names:
-            pair = tuple(tensors.pop(f"{name}.lora_{which}.weight", None) for which in "AB")
-            if any(t is None for t in pair):
-                problems.append(f"missing {name}")
-            pairs.append(pair)
-        if problems:
-            continue
-        a = np.stack([pair[0].T for pair in pairs])
-        b = np.stack([pair[1].T for pair in pairs])
-        one = None if _stacked(path) else 0
-        out = kernel.shape[2:] if one is None else kernel.shape[1:]
-        adapter = {"a": a, "b": b.reshape(*b.shape[:2], *out), "scale": np.full(len(pairs), scale, np.float32)}
-        _put(lora, path, {k: jnp.asarray(v if one is None else v[0]) for k, v in adapter.items()})
-    problems += [f"fits no layer: {name}" for name in tensors]
+            a, b = (tensors.pop(f"{name}.lora_{which}.weight", None) for which in "AB")
+            if a is None or b is None:
+                problems.append(f"missing       {name}.lora_{'A' if a is None else 'B'}.weight")
+            elif a.ndim != 2 or a.shape[1] != width or b.shape != (math.prod(out), len(a)):
+                problems.append(f"misshaped     {name}: A {list(a.shape)}, B {list(b.shape)}")
+            elif downs and downs[0].shape[1] != len(a):
+                problems.append(f"other rank    {name}: {len(a)}, the layers before have {downs[0].shape[1]}")
+            else:
+                downs.append(a.T.astype(np.float32))
+                ups.append(b.T.astype(np.float32).reshape(-1, *out))
+        if not problems:
+            adapter = {"a": np.stack(downs), "b": np.stack(ups), "scale": np.full(len(names), scale, np.float32)}
+            _put(lora, path, {k: jnp.asarray(v if _stacked(path) else v[0]) for k, v in adapter.items()})
+    problems += [f"fits no layer {name}" for name in tensors]
     if problems:
-        raise InputError(f"{folder}: the adapter does not fit the model:\n  " + "\n  ".join(problems[:40]))
+        more = f"\n  ... and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        raise InputError(f"{folder}: the adapter does not fit the model:\n  " + "\n  ".join(problems[:MAX_LISTED]) + more)
     return base | {"lora": lora}

@@ -30,10 +30,10 @@ def init(key: Key[Array, ""], cfg: ModelConfig) -> Params:
     params = {
         "vision": Tower(cfg).init(keys[0], vision)["params"],
         "text": Decoder(cfg, prompt_len=1).init(keys[1], token, position, jnp.ones(1, jnp.int32))["params"],
-        "embed": 0.02 * jax.random.normal(keys[2], (vocab, width)),
+        "embed": width**-0.5 * jax.random.normal(keys[2], (vocab, width)),
     }
     if not cfg.text.tie_word_embeddings:
-        params["head"] = 0.02 * jax.random.normal(keys[3], (width, vocab))
+        params["head"] = width**-0.5 * jax.random.normal(keys[3], (width, vocab))
     return params
 
 
@@ -47,7 +47,7 @@ def encode(params: Params, cfg: ModelConfig, vision: Vision) -> Float[Array, "B 
 
 
 def embed(params: Params, cfg: ModelConfig, tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
-    return params["embed"].astype(jnp.dtype(cfg.dtype))[tokens]
+    return params["embed"][tokens].astype(jnp.dtype(cfg.dtype))
 
 
 def embed_prompts(

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from einops import repeat
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -18,8 +19,7 @@ from jaxmllm.types import KVCache, Prompts, Samples
 BLOCK = 512  # tokens of the vocabulary summed together when drawing
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """Everything the loop carries. Donated: the cache is written in place."""
 
     step: Int[Array, ""]  # tokens written so far
@@ -50,9 +50,10 @@ def draw(keys: Key[Array, "R"], x: Float[Array, "R V"], norm: Float[Array, "R"])
 
     def pick(weights, u):
         cumulated = jnp.cumsum(weights, axis=-1)
-        index = (cumulated <= u[:, None] * cumulated[:, -1:]).sum(-1)
+        # a parallel sum is not quite monotone: without the second test an entry of no weight could be crossed at
+        beyond = (cumulated > u[:, None] * cumulated[:, -1:]) & (weights > 0)
         # u * total can round up to the total: then take the likeliest, which has weight
-        return jnp.where(index < weights.shape[-1], index, weights.argmax(-1))
+        return jnp.where(beyond.any(-1), beyond.argmax(-1), weights.argmax(-1))
 
     block = pick(probs.sum(-1), u[:, 0])
     inside = pick(jnp.take_along_axis(probs, block[:, None, None], axis=1)[:, 0], u[:, 1])
@@ -114,7 +115,7 @@ def start(
     seen = None
     if sampling.repetition_penalty != 1.0:
         seen = seen_tokens(prompts.tokens, prompts.lengths, cfg.text.vocab_size)
-        seen = jnp.repeat(seen, num_generations, axis=0)
+        seen = repeat(seen, "b v -> (b g) v", g=num_generations)
     state = State(
         step=jnp.zeros((), jnp.int32),
         keys=keys,
