@@ -339,7 +339,9 @@ def _finish(stage: Path, folder: Path, files: list[list[str]], total: int, confi
             if key in part or (part is config and key == "torch_dtype" and "dtype" not in part):
                 part[key] = dtype
     (stage / "config.json").write_text(json.dumps(config, indent=2))
-    os.chmod(stage, 0o755)
+    os.chmod(stage, 0o755)  # made private, as temporary folders are
+    for file in stage.iterdir():
+        os.chmod(file, 0o644)
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
