@@ -99,6 +99,13 @@ def test_coco_options(coco, options, found):
     assert [(r["image_id"], len(r["boxes"])) for r in map(source.__getitem__, range(len(source)))] == found
 
 
+def test_options_are_read_as_they_stand(coco):
+    folder = coco.parent / "refcoco+ 100%"
+    (coco.parent / "images").rename(folder)
+    source = open_source(f"coco:{coco}?images={folder}&categories=dog,cat&empty=")
+    assert source[0]["images"] == [str(folder / "a.png")] and len(source) == 3
+
+
 @pytest.mark.parametrize("file", ["bccd/train.json", "bccd/val.json", "coco128/instances.json"])
 def test_coco_against_pycocotools(file, capsys):
     if not (SHARED / file).is_file():
@@ -190,6 +197,7 @@ def test_mixture_draws_by_weight():
 
 
 def test_groups_and_subsets(coco):
+    assert len(open_source("world:grounding?questions=3&group=1&length=4").records(2)) == 3
     source = open_source(f"coco:{coco}?task=detection,counting,grounding&group=1")
     flat = open_source(f"coco:{coco}?task=detection,counting,grounding")
     assert len(source) == 2

@@ -82,7 +82,7 @@ class Asking:
         """What the model is asked: a chat up to its last answer, or the record's pictures and then the question."""
         if "messages" not in record:
             return [*self.opening(), {"role": "user", "content": self.parts(record)}]
-        messages = list(record["messages"])
+        messages: list[Message] = list(record["messages"])
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
@@ -168,7 +168,7 @@ class Sized(Source):
             raise InputError(f"{self.where(index)}: {error}") from None
 
 
-def _parts(record: Record) -> list[Mapping[str, Any]]:
+def _parts(record: Record) -> list[dict[str, Any]]:
     if "messages" not in record:
         return pictures(record)
     return [p for m in record["messages"] if not isinstance(m["content"], str) for p in m["content"]]
@@ -212,7 +212,7 @@ class _Encoder:
         self.processor, self.asking, self.buckets = processor, asking, buckets
         self._prefixes: dict[tuple, Example] = {}
         # what the template writes between question and answer, and after the answer
-        turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+        turns: list[Message] = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
         text = self.render(turns)
         if text.count(_QUESTION) != 1 or text.count(_ANSWER) != 1:
             raise InputError("the chat template does not keep texts as they are")

@@ -4,6 +4,7 @@ A source is index-addressable (`len`, `[i]`), the same on every process, and pic
 can have a copy: what a source keeps is small, images stay on disk until the pipeline loads them.
 """
 
+import array
 import io
 import json
 import math
@@ -71,38 +72,47 @@ class Rows:
 
     def __init__(self, path: str | Path):
         self.path = existing(path, folder=True)
-        self._rows: list[Any] | None = None
-        self._offsets: np.ndarray | None = None
-        self._parquet: _Parquet | None = None
+        self._rows: _Parquet | _Lines | list[Any]
         if self.path.is_dir() or self.path.suffix == ".parquet":
-            self._parquet = _Parquet(self.path)
+            self._rows = _Parquet(self.path)
         elif self.path.suffix == ".jsonl":
-            self._offsets = _line_offsets(self.path)
+            self._rows = _Lines(self.path)
         else:
-            value = load_json(self.path)
-            if not isinstance(value, list):
-                raise InputError(f"{self.path}: expected a JSON list of records, got {type(value).__name__}")
-            self._rows = value
+            self._rows = load_json(self.path)
+            if not isinstance(self._rows, list):
+                raise InputError(f"{self.path}: expected a JSON list of records, got {type(self._rows).__name__}")
         if not len(self):
             raise InputError(f"{self.path}: the file holds no records")
 
     def __len__(self) -> int:
-        if self._parquet is not None:
-            return len(self._parquet)
-        return len(self._rows) if self._rows is not None else len(self._offsets)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Record:
-        row = self._read(index)
+        row = self._rows[index]
         if not isinstance(row, dict):
             raise InputError(f"expected an object, got {type(row).__name__}")
         return dict(row)
 
-    def _read(self, index: int) -> Any:
-        if self._parquet is not None:
-            return self._parquet[index]
-        if self._rows is not None:
-            return self._rows[index]
-        start, stop, line = self._offsets[index].tolist()
+
+class _Lines:
+    """Lines of a JSONL file that are not blank."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        found, start = array.array("q"), 0  # compact: files have millions of lines
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                stop = start + len(line)
+                if line.strip():
+                    found.extend((start, stop, number))
+                start = stop
+        self.places = np.array(found, np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Any:
+        start, stop, line = self.places[index].tolist()
         with self.path.open("rb") as file:  # opened anew: threads share this object
             file.seek(start)
             raw = file.read(stop - start)
@@ -110,18 +120,6 @@ class Rows:
             return json.loads(raw, parse_constant=_refuse)
         except (ValueError, RecursionError) as error:
             raise InputError(f"line {line} is not JSON ({error})") from None
-
-
-def _line_offsets(path: Path) -> np.ndarray:
-    """(start, stop, line number) of every line that is not blank."""
-    found, start = [], 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            stop = start + len(line)
-            if line.strip():
-                found.append((start, stop, number))
-            start = stop
-    return np.array(found, np.int64).reshape(-1, 3)
 
 
 class _Parquet:
@@ -146,7 +144,8 @@ class _Parquet:
         self._open()
 
     def _open(self) -> None:
-        self._lock, self._held, self._table = threading.Lock(), -1, None
+        self._lock, self._held = threading.Lock(), -1
+        self._table: Any = None
 
     def __getstate__(self):
         return {"files": self.files, "groups": self.groups, "ends": self.ends}

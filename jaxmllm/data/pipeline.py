@@ -119,13 +119,15 @@ def pad(step: int, rows: Sequence[Encoded], real: int, size: Sizes, picture: tup
     prompts = collate([row.example for row in rows], buckets)
     if prompts.vision is None and size[0]:
         places = (len(rows), int(size[0]), int(size[1]), picture[0])
-        nothing = Vision(np.zeros((*places, picture[1]), np.float32), np.full((*places, 2), -1, np.int32))
-        prompts = prompts.replace(vision=nothing)
+        patches: Any = np.zeros((*places, picture[1]), np.float32)
+        positions: Any = np.full((*places, 2), -1, np.int32)
+        prompts = prompts.replace(vision=Vision(patches, positions))
     index = np.array([row.index for row in rows], np.int64)
     if not size[3]:
         return Batch(step, [row.records[0] for row in rows[:real]], index, prompts)
-    tokens = [row.completions if k < real else [[]] * len(row.completions) for k, row in enumerate(rows)]
-    weights = [row.weights if k < real else [[]] * len(row.weights) for k, row in enumerate(rows)]
+    nothing: list[list] = [[]] * len(rows[0].completions)
+    tokens = [row.completions if k < real else nothing for k, row in enumerate(rows)]
+    weights = [row.weights if k < real else nothing for k, row in enumerate(rows)]
     completions = collate_completions(tokens, buckets, weights)
     return Batch(step, [row.records for row in rows[:real]], index, prompts, completions)
 
@@ -164,7 +166,8 @@ class Batches:
         self._identity = dict(identity)
         self._reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
         self._workers = workers
-        self.step, self.bad = 0, {}
+        self.step = 0
+        self.bad: dict[int, str] = {}
         self._iterator: Any = None
 
     def __len__(self) -> int:
@@ -192,7 +195,8 @@ class Batches:
             )
         batch = loaded.batch
         if batch is None:
-            size = self._agree(self._size(loaded.rows))
+            size = self._size(loaded.rows)
+            size = size if self._agree is None else self._agree(size)
             batch = self._collate(self.step, loaded.rows, loaded.real, size)
         self.step += 1
         return batch

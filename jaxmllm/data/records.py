@@ -48,8 +48,9 @@ def chat(row: Mapping[str, Any], root: Path) -> Record:
         for kind, left in stores.items():
             if left and (len(left) < given[kind] or first is None):
                 raise InputError(f"{kind}s: there are {given[kind]}, but places for {given[kind] - len(left)} of them")
-        parts = [{"type": kind, kind: media(cell, root)} for kind, left in stores.items() for cell in left]
-        first["content"] = parts + first["content"]
+        before = [{"type": kind, kind: media(cell, root)} for kind, left in stores.items() for cell in left]
+        if first is not None:
+            first["content"] = before + first["content"]
     parts = [part for message in messages for part in message["content"]]
     rest = {key: value for key, value in row.items() if key not in used}
     images = [part["image"] for part in parts if part["type"] == "image"]
@@ -139,10 +140,11 @@ def perception_r1(row: Mapping[str, Any], root: Path, task: str | None = None, f
     size = image_size(image)
     record["size"] = size
     if task == "counting":
-        clicks = row["clicks"] if "clicks" in row else solution
+        clicks: Any = row["clicks"] if "clicks" in row else solution
         points = [to_pixels(numbers(p, 2, "clicks"), frame or "norm1000", size) for p in clicks]
         return {**record, "label": problem, "count": len(points), "points": points}
-    ids, boxes = solution["target_id"], solution["target_box"]
+    target: Any = solution
+    ids, boxes = target["target_id"], target["target_box"]
     if len(ids) != len(boxes):
         raise InputError(f"solution: {len(ids)} target_id for {len(boxes)} target_box")
     unknown = [i for i in ids if i not in _COCO_NAMES]
@@ -239,7 +241,7 @@ def page(row: Mapping[str, Any], root: Path) -> Record:
         {"text": text(line, "text"), "quad": numbers(line["quad"], 8, f"lines[{k}].quad")}
         for k, line in enumerate(row.get("lines", []))
     ]
-    whole = text(row, "text") if "text" in row or not lines else "\n".join(line["text"] for line in lines)
+    whole = text(row, "text") if "text" in row or not lines else "\n".join(str(line["text"]) for line in lines)
     return {**record, "text": whole, **({"lines": lines} if lines else {})}
 
 
@@ -250,7 +252,7 @@ def _row_size(row: Mapping[str, Any]) -> list[int]:
 
 
 def own(row: Mapping[str, Any], root: Path, task: str | None = None) -> Record:
-    """A record as the tasks define them, written as a row; `images` (or `image`) are paths."""
-    name = task or row.get("task")
-    choose(name, tasks.names(), "task")
-    return {**row, "task": name, "images": [media(cell, root) for cell in _cells(row, "image")]}
+    """A record as the tasks define them, written as a row; `images` and `videos` are paths."""
+    name = choose(task or str(row.get("task")), tasks.names(), "task")
+    found = {kind + "s": [media(cell, root) for cell in _cells(row, kind)] for kind in ("image", "video")}
+    return {**row, "task": name, "images": found["images"], **({"videos": found["videos"]} if found["videos"] else {})}

@@ -30,7 +30,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import parse_qsl
 
 import grain
 import numpy as np
@@ -59,7 +58,7 @@ class RecordSource(Protocol):
 class Subset(Source):
     """The records of `source` at `indices`, in that order."""
 
-    def __init__(self, source: RecordSource, indices: Sequence[int]):
+    def __init__(self, source: RecordSource, indices: Sequence[int] | np.ndarray):
         self.source, self.indices = source, np.asarray(indices, np.int64)
 
     def __len__(self) -> int:
@@ -72,7 +71,7 @@ class Subset(Source):
         return all_records(self.source, self._at(index))
 
     def image_key(self, index: int):
-        return self.source.image_key(self._at(index))
+        return image_key(self.source, self._at(index))
 
     def where(self, index: int) -> str:
         return where(self.source, self._at(index))
@@ -89,10 +88,10 @@ class Grouped(Source):
     Reads every row once; a source that knows its images without reading rows (COCO) is grouped at once.
     """
 
-    def __init__(self, source: Source):
+    def __init__(self, source: RecordSource):
         groups: dict[Any, list[int]] = {}
         for index in range(len(source)):
-            groups.setdefault(source.image_key(index), []).append(index)
+            groups.setdefault(image_key(source, index), []).append(index)
         self.source, self.groups = source, list(groups.values())
 
     def __len__(self) -> int:
@@ -102,10 +101,10 @@ class Grouped(Source):
         return self.source[self.groups[index][0]]
 
     def records(self, index: int) -> list[Record]:
-        return [self.source[i] for i in self.groups[index]]
+        return [record for i in self.groups[index] for record in all_records(self.source, i)]
 
     def image_key(self, index: int):
-        return self.source.image_key(self.groups[index][0])
+        return image_key(self.source, self.groups[index][0])
 
     def where(self, index: int) -> str:
         return where(self.source, self.groups[index][0])
@@ -144,7 +143,7 @@ class Mixture(Source):
 
     def image_key(self, index: int):
         source, inner = self._at(index)
-        return id(source), source.image_key(inner)
+        return id(source), image_key(source, inner)
 
     def where(self, index: int) -> str:
         return where(*self._at(index))
@@ -153,6 +152,11 @@ class Mixture(Source):
 def all_records(source: RecordSource, index: int) -> list[Record]:
     """The records that share image `index`; one where the source knows no groups."""
     return source.records(index) if hasattr(source, "records") else [source[index]]
+
+
+def image_key(source: RecordSource, index: int) -> Any:
+    """Equal for records of the same image; a source that does not know has one image a record."""
+    return source.image_key(index) if hasattr(source, "image_key") else index
 
 
 def where(source: RecordSource, index: int) -> str:
@@ -397,7 +401,8 @@ def _open(spec: str, options: Mapping[str, Any]) -> tuple[RecordSource, float | 
     if not colon or kind not in KINDS:
         raise InputError(f"data {spec!r}: write KIND:PATH with one of the kinds {', '.join(KINDS)}")
     path, _, query = rest.partition("?")
-    given: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True))
+    # read as it stands, not as an address: folders may be named refcoco+
+    given: dict[str, Any] = {key: value for key, _, value in (item.partition("=") for item in query.split("&")) if key}
     given |= {key: value for key, value in options.items() if value is not None}
     common = {key: given.pop(key) for key in ("sample", "group", "weight") if key in given}
     seed = given.get("seed", 0)
