@@ -5,7 +5,6 @@ import json
 import math
 import pickle
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,9 @@ from PIL import Image
 from jaxmllm.data.formats import Rows, image_size
 from jaxmllm.data.sources import Mixture, Subset, all_records, open_source, order
 from jaxmllm.errors import InputError
+from tests.test_images import SHARED as SHARED_FOLDER
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = SHARED_FOLDER / "data"
 
 
 def write(path, value):

@@ -29,7 +29,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -44,6 +44,7 @@ from jaxmllm.world.source import DEFAULT_SPECS, WorldSource
 ENDLESS = 2**62  # length of an endless order
 
 
+@runtime_checkable
 class RecordSource(Protocol):
     """What the pipeline reads. A source may also have `records(index)`: several records of one image."""
 
