@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmllm.mesh import make_mesh
 from jaxmllm.model import attention
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -137,27 +138,59 @@ def test_bfloat16_keeps_its_dtype_and_sums_in_float32():
 )
 def test_kernel_by_backend_and_shape(monkeypatch, backend, length, width, dtype, kernel):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert attention.choose_kernel("auto", length, width, jnp.dtype(dtype)) == kernel
     assert attention.choose_kernel("dense", length, width, jnp.dtype(dtype)) == "dense"
     assert attention.choose_kernel("splash", 64, width, jnp.dtype(dtype)) == "dense"  # asked for, but does not fit
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_splash_equals_dense(monkeypatch, is_causal):
-    """The TPU kernel, interpreted: head grouping, scale, causal mask and padding are passed to it correctly."""
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The TPU kernel, interpreted on the CPU."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     real = splash.make_splash_mha_single_device
-    monkeypatch.setattr(splash, "make_splash_mha_single_device", lambda mask: real(mask, interpret=True))
-    attention._splash_kernel.cache_clear()
-    x, h = 128, 128
-    kv = 1 if is_causal else 2
-    q, k, v = random((1, x, 2, h), (1, x, kv, h), (1, x, kv, h))
-    if is_causal:
-        got, expected = attention.causal(q, k, v, "splash"), attention.causal(q, k, v, "dense")
-        valid = slice(None)
-    else:
-        valid = np.arange(x) < 100
-        got, expected = attention.full(q, k, v, valid[None], "splash"), attention.full(q, k, v, valid[None], "dense")
-    attention._splash_kernel.cache_clear()
-    np.testing.assert_allclose(got[0][valid], expected[0][valid], atol=2e-5)
+    monkeypatch.setattr(splash, "make_splash_mha_single_device", lambda *a, **k: real(*a, **k, interpret=True))
+
+
+def splash_inputs(rows, kv_heads):
+    q, k, v = random((rows, 128, 2, 128), (rows, 128, kv_heads, 128), (rows, 128, kv_heads, 128))
+    return q, k, v, np.arange(128) < np.linspace(40, 128, rows)[:, None]
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_splash_equals_dense():
+    """Head grouping, scale, causal mask and padding; value and gradient, inside a scan that is rematerialised."""
+    q, k, v, valid = splash_inputs(1, 1)
+
+    def loss(kernel):
+        def layer(x, _):
+            return x + attention.causal(x, k, v, kernel), None
+
+        def run(q):
+            return jnp.sum(jax.lax.scan(jax.checkpoint(layer), q, None, length=2)[0] ** 2)
+
+        return jax.jit(jax.value_and_grad(run))(q)
+
+    for a, b in zip(loss("splash"), loss("dense"), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    k, v = np.repeat(k, 2, axis=2), np.repeat(v, 2, axis=2)
+    a, b = (attention.full(q, k, v, valid, kernel) for kernel in ("splash", "dense"))
+    np.testing.assert_allclose(a[valid], b[valid], atol=2e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_splash_on_a_mesh(kv_heads):
+    """Rows and, where they divide, heads are split over the devices: the compiler could not do it."""
+    q, k, v, valid = splash_inputs(4, kv_heads)
+    with jax.set_mesh(make_mesh(replica=2, fsdp=2, tensor=2)):
+        got = jax.jit(attention.causal, static_argnums=3)(q, k, v, "splash")
+    np.testing.assert_allclose(got, attention.causal(q, k, v, "dense"), atol=2e-5)
+
+
+def test_splash_needs_a_mesh_on_several_devices(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert attention.choose_kernel("auto", 1024, 128, jnp.bfloat16) == "dense"
+    with jax.set_mesh(make_mesh()):
+        assert attention.choose_kernel("auto", 1024, 128, jnp.bfloat16) == "splash"

@@ -198,6 +198,7 @@ def tiny_torch(kind):
         "intermediate_size": 16,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
+        "num_key_value_heads": 2,
         "num_key_value_heads": 1,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
     }
@@ -389,6 +390,7 @@ def checkpoint(folder, **changes):
         "intermediate_size": 16,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
+        "num_key_value_heads": 2,
         "rope_scaling": {"mrope_section": [1, 1, 2]},
         "vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2},
         **dict(zip(TOKEN_FIELDS, range(256, 260), strict=True)),

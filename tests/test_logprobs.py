@@ -196,14 +196,14 @@ def test_cold_temperatures_stay_finite():
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 10**6), st.floats(0, 30), st.floats(1e-6, 1, exclude_max=True), st.booleans())
+@given(st.integers(0, 10**6), st.floats(0, 30), st.sampled_from([1e-6, 0.1, 0.5, 0.9, 0.999]), st.booleans())
 def test_nucleus_is_the_smallest_set(seed, scale, top_p, ties):
     """Against a sort in float64; entries as likely as the last kept one are all kept."""
     x = scale * np.random.default_rng(seed).normal(size=40)
     x = np.round(x) if ties else x
     x[5:9] = MASKED
     x = x.astype(np.float32)[None]
-    kept = np.asarray(NUCLEUS(x, np.float32(top_p)))[0]
+    kept = np.asarray(NUCLEUS(x, top_p))[0]
     probs = np.asarray(jax.nn.softmax(x, axis=-1), np.float64)[0]
     order = np.argsort(-probs)
     before = np.concatenate([[0], np.cumsum(probs[order])[:-1]])
@@ -215,7 +215,7 @@ def test_nucleus_is_the_smallest_set(seed, scale, top_p, ties):
     assert kept[order[0]] and probs[kept].sum() >= top_p - 1e-5
 
 
-NUCLEUS = jax.jit(_nucleus)
+NUCLEUS = jax.jit(_nucleus, static_argnums=1)
 
 
 def test_seen_tokens_stops_at_the_length():

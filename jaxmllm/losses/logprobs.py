@@ -54,7 +54,7 @@ def warp(
     logits: Float[Array, "R V"], sampling: Sampling, seen: Bool[Array, "R V"] | None = None
 ) -> Float[Array, "R V"]:
     """Logits of the sampled distribution (not normalised); excluded tokens are MASKED. `seen`: tokens in the row so far."""
-    x = logits.astype(jnp.float32)
+    x = jnp.asarray(logits, jnp.float32)
     if sampling.repetition_penalty != 1.0:
         penalised = jnp.where(x > 0, x / sampling.repetition_penalty, x * sampling.repetition_penalty)
         x = jnp.where(seen, penalised, x)
@@ -141,10 +141,9 @@ def token_logprobs(
             seen = seen.at[jnp.arange(rows), target[:, 0]].set(True)
         return seen, ((picked - norm).reshape(target.shape), entropy.reshape(target.shape))
 
-    if penalised:
-        if seen is None:
-            raise ValueError("a repetition penalty needs `seen`, the tokens of the prompt")
-        seen = seen.reshape(rows, vocab)
+    if penalised and seen is None:
+        raise ValueError("a repetition penalty needs `seen`, the tokens of the prompt")
+    seen = seen.reshape(rows, vocab) if penalised else None
     _, outputs = jax.lax.scan(one_chunk, seen, (split(hidden), split(targets)))
     logps, entropies = (a.swapaxes(0, 1).reshape(rows, -1)[:, :length].reshape(*lead, length) for a in outputs)
     return logps, entropies

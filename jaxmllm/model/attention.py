@@ -17,6 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -1e30  # finite, so that a fully masked row gives a finite (unused) output instead of NaN
@@ -26,6 +27,8 @@ def choose_kernel(kernel: str, length: int, head_dim: int, dtype) -> str:
     """Which implementation attends over `length` tokens: `kernel`, or by backend for `auto`; dense where it does not fit."""
     if kernel == "auto":
         kernel = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "dense")
+        if kernel == "splash" and jax.device_count() > 1 and jax.sharding.get_abstract_mesh().empty:
+            kernel = "dense"  # it runs on several devices only where `jax.set_mesh` names them
     fits = {
         "dense": True,
         "cudnn": dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128,
@@ -78,7 +81,7 @@ def causal(
     if kernel == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     if kernel == "splash":
-        return _splash(q, k, v, None, is_causal=True)
+        return _splash(q, k, v, jnp.ones(q.shape[:2], jnp.int32), is_causal=True)
     return dense(q, k, v, causal_mask(q.shape[1]))
 
 
@@ -135,27 +138,44 @@ def completion(
     return out.reshape(b, heads, g, n // heads, t, h).transpose(0, 2, 4, 1, 3, 5).reshape(q.shape)
 
 
-@functools.lru_cache
-def _splash_kernel(heads: int, length: int, is_causal: bool):
+def _splash(
+    q: Float[Array, "B X N H"],
+    k: Float[Array, "B X K H"],
+    v: Float[Array, "B X K H"],
+    segments: Int[Array, "B X"],
+    is_causal: bool,
+) -> Float[Array, "B X N H"]:
+    """TPU splash attention; tokens with different segment ids do not see each other.
+
+    The compiler cannot partition the kernel, so on several devices each runs it on its own rows and heads; the mesh is the
+    one of `jax.set_mesh`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _splash_local(q, k, v, segments, is_causal)
+    heads = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
+    rows = P(("replica", "fsdp"), None)
+    array = P(*rows, heads, None)
+    local = functools.partial(_splash_local, is_causal=is_causal)
+    # check_vma: the kernel's outputs carry no annotation of what they vary over
+    mapped = jax.shard_map(local, in_specs=(array, array, array, rows), out_specs=array, check_vma=False)
+    return mapped(q, k, v, segments)
+
+
+def _splash_local(q, k, v, segments, is_causal: bool):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    one = masks.CausalMask((length, length)) if is_causal else masks.FullMask((length, length))
-    with jax.ensure_compile_time_eval():
-        return splash.make_splash_mha_single_device(masks.MultiHeadMask([one] * heads))
-
-
-def _splash(q, k, v, segments: Int[Array, "B X"] | None, is_causal: bool):
-    """TPU splash attention; rows with different segment ids do not see each other."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-
     repeat = q.shape[2] // k.shape[2]
-    if repeat > 1:
-        k, v = jnp.repeat(k, repeat, axis=2), jnp.repeat(v, repeat, axis=2)
+    k, v = jnp.repeat(k, repeat, axis=2), jnp.repeat(v, repeat, axis=2)
     q, k, v = (a.transpose(0, 2, 1, 3) for a in (q * q.shape[-1] ** -0.5, k, v))
-    kernel = _splash_kernel(q.shape[1], q.shape[2], is_causal)
-    if segments is None:
-        out = jax.vmap(kernel)(q, k, v)
-    else:
-        out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash.SegmentIds(ids, ids)))(q, k, v, segments)
+    heads, length = q.shape[1:3]
+    one = masks.CausalMask((length, length)) if is_causal else masks.FullMask((length, length))
+    block = next(size for size in (512, 256, 128) if length % size == 0)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
+    )
+    # built anew in every trace: it holds arrays that belong to the trace
+    kernel = splash.make_splash_mha_single_device(masks.MultiHeadMask([one] * heads), block_sizes=sizes)
+    out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash.SegmentIds(ids, ids)))(q, k, v, segments)
     return out.transpose(0, 2, 1, 3)
