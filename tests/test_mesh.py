@@ -74,7 +74,9 @@ def test_sharded_equals_unsharded(sizes, batch, single):
 
 # ---------------------------------------------------------------- collectives
 
-COLLECTIVE = re.compile(r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast)\S*\(")
+COLLECTIVE = re.compile(
+    r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast)\S*\("
+)
 
 
 def collectives(lowered) -> list[tuple[str, str]]:
@@ -105,7 +107,9 @@ def test_its_gradient_only_sums(batch):
     assert kinds == {"all-reduce"}  # of the parameters' gradients
 
 
-@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3, "top_k": 5, "top_p": 0.9, "banned": (1, 2)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"repetition_penalty": 1.3, "top_k": 5, "top_p": 0.9, "banned": (1, 2)}], ids=str
+)
 @pytest.mark.xfail(strict=False, reason="known defect: the repetition penalty's table of seen tokens is gathered")
 def test_sampling_moves_no_rows(batch, options):
     """Prefill and decode loop: only the end of the loop is agreed on, one flag."""
@@ -139,7 +143,9 @@ def test_every_parameter_has_a_rule_and_matrices_are_split(kind, sizes):
     shapes = hf.abstract_params(cfg)
     adapters = jax.eval_shape(lambda p: lora.add(jax.random.key(0), p, lora.LoRAConfig(r=2, targets=".*")), shapes)
     paths = jax.tree.leaves(tree_paths(adapters))
-    for path, leaf, sharding in zip(paths, *map(jax.tree.leaves, (adapters, param_shardings(adapters, mesh))), strict=True):
+    for path, leaf, sharding in zip(
+        paths, *map(jax.tree.leaves, (adapters, param_shardings(adapters, mesh))), strict=True
+    ):
         local = sharding.shard_shape(leaf.shape)
         if path.endswith(("scale", "bias")):
             assert local == leaf.shape

@@ -409,7 +409,7 @@ def test_entropy_bonus_is_the_mean_entropy_of_the_kept_tokens():
     drawn = {name: jnp.asarray(x) for name, x in draw(7).items()}
     total = float(drawn["mask"].sum())
 
-    @functools.partial(jit, static_argnums=1)
+    @functools.partial(jax.jit, static_argnums=1)
     def bonus(entropies, options, rows, **call):
         arrays = {name: drawn[name][rows] for name in ("advantages", "mask")}
         loss, metrics = grpo_loss(drawn["logps"][rows], entropies=entropies[rows], options=options, **arrays, **call)

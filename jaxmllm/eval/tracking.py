@@ -88,7 +88,7 @@ def pairwise_track(
     for frame in range(1, frames):
         box = _second_box(ask(template, frame, out[template].tolist()))
         if box is not None and box_in_range(box, extent):
-            out[frame] = decode_box(box, *size, extent=extent)
+            out[frame] = decode_box(box, size[0], size[1], extent=extent)
             template = frame
     return out
 
@@ -114,5 +114,5 @@ def velocity_track(gt: ArrayLike) -> Float[np.ndarray, "frames 4"]:
     rows = [gt[0]]
     for t in range(1, len(gt)):
         known = {k: gt[k] for k in (t - 2, t - 1) if k >= 0 and box_valid(gt[k])}
-        rows.append(np.array(constant_velocity(known, [t])[t]) if known else np.array(ZERO))
+        rows.append(np.asarray(constant_velocity(known, [t])[t] if known else ZERO, np.float64))
     return np.array(rows)

@@ -118,7 +118,7 @@ def matching_losses(
         "L_reg": regression_loss(pred_delta, proposal, gt_box, match),
     }
     factors = WEIGHTS | (weights or {})
-    return parts | {"total": sum(factor * parts[f"L_{name}"] for name, factor in factors.items())}
+    return parts | {"total": sum((factor * parts[f"L_{name}"] for name, factor in factors.items()), jnp.zeros(()))}
 
 
 def token_match_loss(

@@ -90,7 +90,8 @@ def _extent(record: Mapping[str, Any], coord_space: str) -> tuple[float, float]:
 
 
 def _whole(record: Mapping[str, Any], box: Sequence[float], coord_space: str) -> list[int]:
-    return quantize_box(box, *record["size"], extent=_extent(record, coord_space))
+    width, height = record["size"]
+    return quantize_box(box, width, height, extent=_extent(record, coord_space))
 
 
 def _box(record: Mapping[str, Any], box: Sequence[float], coord_space: str) -> str:
@@ -327,8 +328,8 @@ def parse_choice(text: str, choices: Sequence[str]) -> str | None:
     letters = [chr(65 + n) for n in range(len(choices))]
     stated = _CHOICE.findall(text)
     bare = _LETTER.fullmatch(text)
-    if stated or bare:
-        letter = stated[-1].upper() if stated else bare[1]
+    if stated or bare is not None:
+        letter = stated[-1].upper() if stated else bare[1] if bare is not None else ""
         return letter if letter in letters else None
     named = [letter for letter, choice in zip(letters, choices, strict=True) if choice.lower() in text.lower()]
     return named[0] if len(named) == 1 else None

@@ -105,7 +105,7 @@ def relation_table(
         possible = true
     else:
         values = np.array([o["colour" if "colour" in relation else "shape"] for o in objects])
-        true = possible = values[:, None] == values[None]
+        true = possible = np.equal(values[:, None], values[None])
     table = np.where(true, 1, np.where(possible, -1, 0)).astype(np.int8)
     np.fill_diagonal(table, 0)
     return table
@@ -131,7 +131,7 @@ class Oracle:
     def __init__(self, objects: Objects, links: Iterable[Sequence[int]] = (), tau: float = 12.0, near: float = 24.0):
         self.objects = objects
         self._words = [{str(o[name]) for name in ATTRIBUTES if name in o} for o in objects]
-        self.options = {"links": [list(pair) for pair in links], "tau": tau, "near": near}
+        self.options: dict[str, Any] = {"links": [list(pair) for pair in links], "tau": tau, "near": near}
         self._tables: dict[str, np.ndarray] = {}
 
     def table(self, relation: str) -> Int8[np.ndarray, "N N"]:
@@ -304,10 +304,10 @@ def _substitute(relation, rng, relations, kernel) -> str | None:
     if kernel is None:
         options = [s for s in SCENE_SUBSTITUTES[relation] if s in relations]
         return options[rng.integers(len(options))] if options else None
-    options = {s: p for s, p in kernel.get(relation, {}).items() if s in relations}
-    stay = 1 - sum(options.values())
-    drawn = rng.choice(len(options) + 1, p=[*options.values(), max(stay, 0.0)]) if options else 0
-    return list(options)[drawn] if drawn < len(options) else None
+    chances = {s: p for s, p in kernel.get(relation, {}).items() if s in relations}
+    stay = max(1 - sum(chances.values()), 0.0)
+    drawn = rng.choice(len(chances) + 1, p=[*chances.values(), stay]) if chances else 0
+    return list(chances)[drawn] if drawn < len(chances) else None
 
 
 def balance(pairs: Sequence[tuple[Graph, Graph, int]]) -> list[int]:
@@ -344,11 +344,13 @@ def verbalise(graph: Graph, verbosity: int = 1) -> str:
 
     def text(node: int, article: str) -> str:
         out = noun(node, article)
-        for k, edge in enumerate(children.get(node, ())):
+        before = None
+        for edge in children.get(node, ()):
             object_ = graph.edges[edge][1]
-            before = children.get(node)[k - 1] if k else None
-            comma = " ," if before is not None and graph.edges[before][1] in children else ""
-            joint = ("" if not verbosity else " that is") if k == 0 else f"{comma} and"
+            joint = " that is" if verbosity else ""
+            if before is not None:
+                joint = " , and" if before in children else " and"
+            before = object_
             out += f"{joint} {SPOKEN[graph.relations[edge]][verbosity > 1]} {text(object_, 'the' if verbosity else '')}"
         return out
 

@@ -133,9 +133,10 @@ def reward(
     if not 0 <= trace_weight <= MAX_TRACE_WEIGHT:
         raise ValueError(f"trace_weight must be within 0..{MAX_TRACE_WEIGHT}, got {trace_weight}")
     said = parse(text, len(record["edges"]), thinking)
-    right = said is not None and said["match"] == bool(record["match"])
+    right = False
     quality, trace = 0.0, 0.0
-    if right:
+    if said is not None and said["match"] == bool(record["match"]):
+        right = True
         if said["match"]:
             iou = _iou(said["box"], record, style)
             quality = 0.5 * (iou > 0.5) + 0.5 * iou
@@ -161,8 +162,8 @@ def trace_score(said: Mapping[str, Any], record: Mapping[str, Any], style: str =
     nodes, verdicts, scene = said.get("nodes"), said.get("verdicts"), record.get("scene")
     if scene is None or not isinstance(nodes, list) or not isinstance(verdicts, list):
         return 0.0
-    boxes = [answers.four_numbers(node) for node in nodes]
-    if None in boxes or len(boxes) != len(record["entities"]) or len(verdicts) != len(record["edges"]):
+    boxes = [box for node in nodes if (box := answers.four_numbers(node)) is not None]
+    if not len(boxes) == len(nodes) == len(record["entities"]) or len(verdicts) != len(record["edges"]):
         return 0.0
     frame = answers.STYLES[style].frame
     objects = [o["box"] for o in scene["objects"]]
@@ -240,18 +241,17 @@ def cascade_metrics(
 
 def outcomes(
     texts: Sequence[str], records: Sequence[Mapping[str, Any]], style: str = "qwen2_5_vl", thinking: bool = False
-) -> dict[str, list]:
+) -> dict[str, Any]:
     """Arguments of `cascade_metrics` from completions. What cannot be read is wrong in every measure."""
-    rows: dict[str, list] = {name: [] for name in ("match_gt", "match_pred", "iou", "foil_gt", "foil_pred", "length")}
+    rows: dict[str, Any] = {name: [] for name in ("match_gt", "match_pred", "iou", "foil_gt", "foil_pred", "length")}
     for text, record in zip(texts, records, strict=True):
         said, match = parse(text, len(record["edges"]), thinking), bool(record["match"])
         rows["match_gt"].append(match)
         rows["match_pred"].append(not match if said is None else said["match"])
-        boxed = said is not None and said["match"] and match
-        rows["iou"].append(_iou(said["box"], record, style) if boxed else 0.0)
+        box, relation = (None, None) if said is None else (said["box"], said["relation"])
+        rows["iou"].append(0.0 if box is None or not match else _iou(box, record, style))
         rows["foil_gt"].append(record["foil_pos"])
-        named = said is not None and not said["match"] and said["relation"] is not None
-        rows["foil_pred"].append(said["relation"] if named else -2)
+        rows["foil_pred"].append(-2 if relation is None else relation)
         rows["length"].append(record.get("length", len(record["expression"].split())))
     return rows
 
@@ -284,7 +284,7 @@ def metric(
         for group in (f"edges={count}", f"words={'17+' if up_to == 'more' else '<=' + up_to}"):
             groups.setdefault(group, []).append(i)
     for group in sorted(groups):
-        some = {name: [values[i] for i in groups[group]] for name, values in rows.items() if name != "length"}
+        some: dict[str, Any] = {name: [values[i] for i in groups[group]] for name, values in rows.items() if name != "length"}
         out[f"joint_acc/{group}"] = cascade_metrics(**some)["joint_acc"]
     readable = [parse(text, count, thinking) is not None for text, count in zip(texts, edges, strict=True)]
     out |= {"format": 100 * float(np.mean(readable)), "said_match": 100 * float(np.mean(rows["match_pred"]))}

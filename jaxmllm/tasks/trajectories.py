@@ -24,8 +24,8 @@ GRID = (1000.0, 1000.0)
 MODES = ("resize", "pad")
 MISSING_COST = 1000 * math.sqrt(2)  # the diagonal of the 0..1000 grid
 
-Frames = Mapping[int | str, Sequence[float]]
-Tracks = Mapping[int | str, Frames]
+Frames = Mapping[Any, Sequence[float]]  # keys: int or numeric string
+Tracks = Mapping[Any, Frames]
 
 # ---- writing
 
@@ -211,7 +211,7 @@ def parse_detection(text: str) -> dict[str, list[list[float]]]:
 # ---- scores
 
 
-def int_keys(mapping: Mapping[int | str, Any]) -> dict[int, Any]:
+def int_keys(mapping: Mapping[Any, Any]) -> dict[int, Any]:
     """The mapping with integer keys, as JSON's numeric strings mean them."""
     return {int(key): value for key, value in mapping.items()}
 
@@ -279,9 +279,11 @@ def trajectory_reward(
     for i, frames in gt.items():
         for t in _graded(frames, given_first):
             box = pairs[i]["frames"].get(t) if i in pairs else None
-            good = box is not None and box_in_range(box, extent)
-            ious.append(float(box_iou(box, frames[t])) if good else 0.0)
-            nearness.append(_nearness(box, frames[t]) if good else 0.0)
+            scores = (0.0, 0.0)
+            if box is not None and box_in_range(box, extent):
+                scores = float(box_iou(box, frames[t])), _nearness(box, frames[t])
+            ious.append(scores[0])
+            nearness.append(scores[1])
     right = Counter(block["id"] for block in blocks) == Counter(gt.keys()) and len(pairs) == len(gt)
     right = right and all(
         block["closed"] and block["listed"] == sorted(gt[i]) and
