@@ -82,7 +82,7 @@ def relation_table(
     n = len(objects)
     boxes = np.array([o["box"] for o in objects], np.float64).reshape(n, 4)
     low, high = boxes[:, :2], boxes[:, 2:]
-    within = (low[:, None] >= low[None]).all(-1) & (high[:, None] <= high[None]).all(-1)
+    within = np.asarray((low[:, None] >= low[None]).all(-1) & (high[:, None] <= high[None]).all(-1))
     gap = np.linalg.norm(np.maximum(np.maximum(low[:, None] - high[None], low[None] - high[:, None]), 0), axis=-1)
     if relation in ("left of", "right of", "above", "below"):
         offset = ((low + high)[None] - (low + high)[:, None]) / 2  # from i to j
@@ -105,7 +105,7 @@ def relation_table(
         possible = true
     else:
         values = np.array([o["colour" if "colour" in relation else "shape"] for o in objects])
-        true = possible = np.equal(values[:, None], values[None])
+        true = possible = values[:, None] == values[None]
     table = np.where(true, 1, np.where(possible, -1, 0)).astype(np.int8)
     np.fill_diagonal(table, 0)
     return table
