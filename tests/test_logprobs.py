@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmllm.errors import InputError
-from jaxmllm.losses.logprobs import MASKED, Sampling, _nucleus, seen_tokens, token_logprobs, warp
+from jaxmllm.losses.logprobs import MASKED, Sampling, seen_tokens, token_logprobs, warp
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 B, G, T, D, V = 2, 3, 7, 8, 50
@@ -197,25 +197,38 @@ def test_cold_temperatures_stay_finite():
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0, 30), st.sampled_from([1e-6, 0.1, 0.5, 0.9, 0.999]), st.booleans())
-def test_nucleus_is_the_smallest_set(seed, scale, top_p, ties):
+def test_top_p_keeps_the_smallest_set(seed, scale, top_p, ties):
     """Against a sort in float64; entries as likely as the last kept one are all kept."""
-    x = scale * np.random.default_rng(seed).normal(size=40)
-    x = np.round(x) if ties else x
-    x[5:9] = MASKED
-    x = x.astype(np.float32)[None]
-    kept = np.asarray(NUCLEUS(x, top_p))[0]
+    x = random_row(seed, scale, ties)
+    kept = np.asarray(WARP(x, Sampling(top_p=top_p)))[0] > MASKED / 2
     probs = np.asarray(jax.nn.softmax(x, axis=-1), np.float64)[0]
     order = np.argsort(-probs)
     before = np.concatenate([[0], np.cumsum(probs[order])[:-1]])
     sure = np.abs(before - top_p) > 1e-5  # where rounding cannot decide
-    last = probs[order][before < top_p].min()
-    expected = probs >= last
     if sure.all():
-        np.testing.assert_array_equal(kept, expected)
+        expected = probs >= probs[order][before < top_p].min()
+        np.testing.assert_array_equal(kept, expected & (x[0] > MASKED / 2))
     assert kept[order[0]] and probs[kept].sum() >= top_p - 1e-5
 
 
-NUCLEUS = jax.jit(_nucleus, static_argnums=1)
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0, 1e30), st.sampled_from([1, 2, 7, 36]), st.booleans())
+def test_top_k_keeps_the_largest(seed, scale, top_k, ties):
+    """Against a sort; of any sign and size, entries equal to the last kept one are all kept."""
+    x = random_row(seed, scale, ties)
+    kept = np.asarray(WARP(x, Sampling(top_k=top_k)))[0] > MASKED / 2
+    np.testing.assert_array_equal(kept, (x[0] >= np.sort(x[0])[-top_k]) & (x[0] > MASKED / 2))
+
+
+def random_row(seed, scale, ties):
+    """[1, 40] with four excluded entries."""
+    x = np.random.default_rng(seed).normal(size=40)
+    x = scale * (np.round(x) if ties else x)
+    x[5:9] = MASKED
+    return np.maximum(x, MASKED).astype(np.float32)[None]
+
+
+WARP = jax.jit(warp, static_argnums=1)
 
 
 def test_seen_tokens_stops_at_the_length():

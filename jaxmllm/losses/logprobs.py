@@ -63,41 +63,51 @@ def warp(
     if sampling.banned:
         x = x.at[:, jnp.asarray(sampling.banned)].set(MASKED)
     if 0 < sampling.top_k < x.shape[-1]:
-        kth = jax.lax.top_k(jax.lax.stop_gradient(x), sampling.top_k)[0][:, -1:]
-        x = jnp.where(x >= kth, x, MASKED)
+        order = _ordered_bits(jax.lax.stop_gradient(x))
+        x = jnp.where(_largest(order, jnp.ones_like(x), sampling.top_k), x, MASKED)
     if sampling.top_p < 1.0:
-        x = jnp.where(_nucleus(jax.lax.stop_gradient(x), sampling.top_p), x, MASKED)
+        probs = jax.nn.softmax(jax.lax.stop_gradient(x), axis=-1)
+        x = jnp.where(_largest(_ordered_bits(probs), probs, sampling.top_p), x, MASKED)
     if sampling.min_p:
         floor = jax.lax.stop_gradient(x.max(-1, keepdims=True)) + jnp.log(sampling.min_p)
         x = jnp.where(x >= floor, x, MASKED)
     return x
 
 
-def _nucleus(x: Float[Array, "R V"], top_p: float) -> Bool[Array, "R V"]:
-    """True on the smallest set of largest entries with mass >= top_p, by bisection over the float's bits.
+def _ordered_bits(x: Float[Array, "R V"]) -> Int[Array, "R V"]:
+    """Integers in the order of the floats: their bits, those of negative ones turned round; -0 counts as 0."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
-    32 masked sums instead of a sort: several times faster at 150,000 tokens, and exact, since the bits of a float are
-    ordered like the float.
+
+def _largest(order: Int[Array, "R V"], weights: Float[Array, "R V"], target: float) -> Bool[Array, "R V"]:
+    """True on the smallest set of largest entries with weight >= target (ties kept), by bisection over all integers.
+
+    32 masked sums instead of a sort: several times faster at 150,000 tokens, exact, and rows stay on their device.
     """
-    probs = jax.nn.softmax(x, axis=-1)
-    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)  # probabilities are >= 0: bits are ordered as they are
 
     def halve(_, bounds):
-        low, high = bounds  # mass(bits >= low) >= top_p > mass(bits >= high)
-        middle = low + (high - low) // 2
-        enough = jnp.where(bits >= middle, probs, 0).sum(-1, keepdims=True) >= top_p
+        low, high = bounds  # weight(order >= low) >= target > weight(order >= high)
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
+        enough = jnp.where(order >= middle, weights, 0).sum(-1, keepdims=True) >= target
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    top = bits.max(-1, keepdims=True) + 1
-    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(top), top))
-    return bits >= low
+    high = order.max(-1, keepdims=True) + 1
+    low = jnp.full_like(high, jnp.iinfo(jnp.int32).min)
+    low, _ = jax.lax.fori_loop(0, 32, halve, (low, high))
+    return order >= low
 
 
 def seen_tokens(tokens: Int[Array, "R S"], lengths: Int[Array, "R"], vocab: int) -> Bool[Array, "R V"]:
     """Which tokens occur in the first `lengths` of each row."""
     real = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    return jnp.zeros((tokens.shape[0], vocab), bool).at[rows, tokens].max(real)
+    # row by row: a scatter over the rows' numbers would be gathered from all devices
+    return jax.vmap(lambda row, is_real: jnp.zeros(vocab, bool).at[row].max(is_real))(tokens, real)
+
+
+def add_seen(seen: Bool[Array, "R V"], tokens: Int[Array, "R"]) -> Bool[Array, "R V"]:
+    """`seen` and one more token of each row."""
+    return seen | (jnp.arange(seen.shape[1]) == tokens[:, None])
 
 
 def token_logprobs(
@@ -138,7 +148,7 @@ def token_logprobs(
         picked = jnp.take_along_axis(x, target.reshape(-1, 1), axis=-1)[:, 0]
         entropy = norm - (jnp.exp(x - norm[:, None]) * x).sum(-1)
         if penalised:
-            seen = seen.at[jnp.arange(rows), target[:, 0]].set(True)
+            seen = add_seen(seen, target[:, 0])
         return seen, ((picked - norm).reshape(target.shape), entropy.reshape(target.shape))
 
     if penalised and seen is None:

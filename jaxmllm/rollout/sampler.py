@@ -12,7 +12,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmllm.config import ModelConfig
-from jaxmllm.losses.logprobs import Sampling, seen_tokens, warp
+from jaxmllm.losses.logprobs import Sampling, add_seen, seen_tokens, warp
 from jaxmllm.model import qwen_vl
 from jaxmllm.types import KVCache, Prompts, Samples
 
@@ -72,7 +72,7 @@ def _write(params, sampling: Sampling, stop_ids: tuple[int, ...], hidden: Float[
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys.reshape(-1), state.step)
         token = draw(step_keys, scored, norm)
     logp = jnp.take_along_axis(scored, token[:, None], axis=-1)[:, 0] - norm
-    seen = None if state.seen is None else state.seen.at[jnp.arange(b * g), token].set(True)
+    seen = None if state.seen is None else add_seen(state.seen, token)
     token, logp = token.reshape(b, g), logp.reshape(b, g)
 
     def put(array, value):
