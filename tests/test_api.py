@@ -200,13 +200,12 @@ def test_one_program_for_a_stream_of_mixed_batches(model):
         assert not compiled, f"batch {number} compiled again"
 
 
-@pytest.mark.xfail(strict=False, reason="known defect: not yet looked into")
 def test_on_eight_devices(folder, model, drawn):
     """Rows are filled up to what the mesh divides; ids and log-probabilities are those of one device."""
     mesh = make_mesh(fsdp=4, tensor=2)
     there = jaxmllm.load(folder, mesh=mesh, buckets=BUCKETS)
     kernel = there.params["text"]["layers"]["mlp"]["up_proj"]["kernel"]
-    assert len({shard.index for shard in kernel.addressable_shards}) == 8
+    assert len({str(shard.index) for shard in kernel.addressable_shards}) == 8
     found = jaxmllm.generate(there, MIXED[:3], num_generations=2, max_new_tokens=NEW, seed=3)
     for group, expected in zip(found, drawn, strict=False):
         assert [one.token_ids for one in group] == [one.token_ids for one in expected]

@@ -391,7 +391,13 @@ def checkpoint(folder, **changes):
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "rope_scaling": {"mrope_section": [1, 1, 2]},
-        "vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2},
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+        },
         **dict(zip(TOKEN_FIELDS, range(256, 260), strict=True)),
         **changes,
     }
@@ -400,9 +406,6 @@ def checkpoint(folder, **changes):
     return folder
 
 
-@pytest.mark.xfail(
-    strict=False, reason="the test's config.json lacks num_key_value_heads, which config.py now reads strictly"
-)
 def test_from_pretrained_reads_a_checkpoint_folder(tmp_path):
     folder = checkpoint(tmp_path)
     made = Processor.from_pretrained(folder)
@@ -414,9 +417,6 @@ def test_from_pretrained_reads_a_checkpoint_folder(tmp_path):
     assert made.max_prompt_length == 40
 
 
-@pytest.mark.xfail(
-    strict=False, reason="the test's config.json lacks num_key_value_heads, which config.py now reads strictly"
-)
 def test_from_pretrained_refuses_what_does_not_fit(tmp_path):
     folder = checkpoint(tmp_path)
     for changes, message in [

@@ -131,13 +131,17 @@ def _kind(word: str) -> str:
 def _units(text: str) -> list[tuple[str, str]]:
     """(kind, text) of each word or relation phrase."""
     found = _WORD.findall(text[:CAPTION_CHARS].lower())
-    adverbs = {w for w in found if w in SKIPPED or (w.endswith("ly") and len(w) > 4 and w not in LY_NOUNS)}
-    words = [w for w in found if w not in adverbs]
+    kinds = {  # of each distinct word, without adverbs
+        w: _kind(w)
+        for w in set(found)
+        if not (w in SKIPPED or (w.endswith("ly") and len(w) > 4 and w not in LY_NOUNS))
+    }
+    words = [w for w in found if w in kinds]
     units, i = [], 0
     while i < len(words):
-        known = _PHRASES.get(words[i], ())
-        phrase = next((span for span in known if tuple(words[i : i + len(span)]) == span), None)
-        units.append(("relation", RELATIONS[phrase]) if phrase else (_kind(words[i]), words[i]))
+        known = _PHRASES.get(words[i])
+        phrase = known and next((span for span in known if tuple(words[i : i + len(span)]) == span), None)
+        units.append(("relation", RELATIONS[phrase]) if phrase else (kinds[words[i]], words[i]))
         i += len(phrase) if phrase else 1
     return units
 
