@@ -1,0 +1,273 @@
+"""The real 3B layout: memory of loading, logits against torch, export bit for bit.
+
+    python -m tests.benchmarks.load_3b --folder /tmp/qwen_3b [--json FILE]
+
+transformers writes Qwen2.5-VL-3B's architecture with random bfloat16 weights in two or more shards (7.5 GB, and as much
+again for the export; removed at the end). Every measurement runs in a process of its own, one at a time, so 12 GB of
+memory do. Needs the `parity` extra.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+MODULE = "tests.benchmarks.load_3b"
+# config.json of Qwen2.5-VL-3B-Instruct, where it differs from the defaults of its classes or names a size
+TEXT = dict(
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=11008,
+    num_hidden_layers=36,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    max_position_embeddings=128000,
+    rms_norm_eps=1e-6,
+    bos_token_id=151643,
+    eos_token_id=151645,
+    tie_word_embeddings=True,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+)
+VISION = dict(
+    depth=32,
+    hidden_size=1280,
+    num_heads=16,
+    intermediate_size=3420,
+    out_hidden_size=2048,
+    window_size=112,
+    fullatt_block_indexes=[7, 15, 23, 31],
+    tokens_per_second=2,
+)
+MARKERS = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+).split()  # ids 151643 to 151656
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}"
+    "{% else %}<|vision_start|><|{{ part.type }}_pad|><|vision_end|>{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PROMPT = "Output the bounding box of the red circle in the image."
+SIDES = (196, 252)  # pixels, height and width of the image
+
+
+def write_tokenizer(folder: Path) -> None:
+    """The markers under their real ids; the text before them is bytes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = letters + [f"<{i}>" for i in range(len(letters), 151643)]
+    core = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(marker, special=True, normalized=False) for marker in MARKERS])
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, chat_template=TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    ).save_pretrained(folder)
+
+
+def write(folder: Path, layers: int) -> dict:
+    """Checkpoint, tokenizer and `inputs.npz`, the prompt as the torch model reads it."""
+    import torch
+    from PIL import Image
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from jaxmllm.config import load_model_config
+    from jaxmllm.data.chat import Processor
+    from jaxmllm.data.images import patchify
+
+    torch.manual_seed(0)
+    text = TEXT | {"num_hidden_layers": layers}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=VISION, tie_word_embeddings=True)
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    write_tokenizer(folder)
+    cfg = load_model_config(folder)
+    processor = Processor.from_pretrained(folder, cfg)
+    noise = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize(SIDES[::-1], Image.Resampling.BICUBIC)
+    image.save(folder / "image.png")
+    ids = processor.encode(conversation(folder)).tokens[None].astype(np.int64)
+    pixels, grid = patchify(image, processor.pixel_config)
+    np.savez(folder / "inputs.npz", ids=ids, pixels=pixels, grids=np.array([grid]))
+    files = sorted(folder.glob("*.safetensors"))
+    return {"shards": len(files), "bytes": sum(file.stat().st_size for file in files), "tokens": ids.shape[1]}
+
+
+def conversation(folder: Path) -> list[dict]:
+    parts = [{"type": "image", "image": folder / "image.png"}, {"type": "text", "text": PROMPT}]
+    return [{"role": "user", "content": parts}]
+
+
+def ours(folder: Path) -> dict:
+    """Loads, exports, then runs: the peak of each is read before the next begins."""
+    import jax
+    import jax.numpy as jnp
+
+    import jaxmllm
+    from jaxmllm.model import qwen_vl
+
+    jax.block_until_ready(jnp.zeros(1) + 1)
+    figures = {"imports_bytes": peak()}
+    started = time.perf_counter()
+    model = jaxmllm.load(folder, dtype="bfloat16")
+    jax.block_until_ready(model.params)
+    figures |= {"load_seconds": time.perf_counter() - started, "load_peak_bytes": peak()}
+    started = time.perf_counter()
+    jaxmllm.save(model, folder / "export")
+    figures |= {"export_seconds": time.perf_counter() - started, "export_peak_bytes": peak()}
+    prompts, _ = model.prepare([model.processor.encode(conversation(folder))])
+
+    @jax.jit
+    def run(params, prompts):
+        hidden, _ = qwen_vl.forward(params, model.cfg, prompts)
+        return qwen_vl.logits(params, hidden)
+
+    logits = run(model.params, prompts)[0, : int(prompts.lengths[0])]
+    np.save(folder / "ours.npy", np.asarray(logits, np.float32))
+    return figures | {"forward_peak_bytes": peak()}
+
+
+def widen(model, wide, pixels) -> None:
+    """Every part is widened when it is called and narrowed after: exact, since the weights are bfloat16."""
+    narrow, visual, text = model.dtype, model.model.visual, model.model.language_model
+    # rounded on the way in, as the tower's own dtype is still the narrow one
+    visual.patch_embed.register_forward_pre_hook(lambda *_: (pixels.to(wide),))
+    text.embed_tokens.register_forward_hook(lambda module, ids, output: output.to(wide))
+    for part in (visual.patch_embed, *visual.blocks, visual.merger, *text.layers, text.norm, model.lm_head):
+        part.register_forward_pre_hook(lambda module, _: module.to(wide) and None)
+        part.register_forward_hook(lambda module, *_: module.to(narrow) and None)
+
+
+def theirs(folder: Path, dtype: str) -> dict:
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    figures = {"load_peak_bytes": peak()}
+    raw, wide = np.load(folder / "inputs.npz"), getattr(torch, dtype)
+    pixels = torch.tensor(raw["pixels"])
+    if wide != model.dtype:
+        widen(model, wide, pixels)
+    with torch.no_grad():
+        logits = model(
+            input_ids=torch.tensor(raw["ids"]),
+            attention_mask=torch.ones(raw["ids"].shape, dtype=torch.long),
+            mm_token_type_ids=torch.tensor(raw["ids"] == model.config.image_token_id, dtype=torch.int32),
+            pixel_values=pixels,
+            image_grid_thw=torch.tensor(raw["grids"]),
+        ).logits
+    assert logits.dtype == wide, logits.dtype
+    np.save(folder / f"{dtype}.npy", logits[0].float().numpy())
+    return figures | {"forward_peak_bytes": peak()}
+
+
+def unequal(folder: Path) -> dict:
+    """Tensors of the export that differ from the checkpoint's in name, dtype, shape or any bit."""
+    import torch
+    from safetensors import safe_open
+
+    def tensors(where: Path) -> dict:
+        handles = [safe_open(file, "pt") for file in sorted(where.glob("*.safetensors"))]
+        # transformers 5 may nest the names one level deeper than the files of the hub
+        return {name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): (handle, name)
+                for handle in handles for name in handle.keys()}  # fmt: skip
+
+    before, after = tensors(folder), tensors(folder / "export")
+
+    def same(name: str) -> bool:
+        a, b = (handle.get_tensor(key) for handle, key in (before[name], after[name]))
+        return a.dtype == b.dtype == torch.bfloat16 and a.shape == b.shape and torch.equal(
+            a.view(torch.int16), b.view(torch.int16)
+        )
+
+    differing = sorted(before.keys() ^ after.keys()) + [n for n in before.keys() & after.keys() if not same(n)]
+    return {"tensors": len(before), "differing": differing}
+
+
+def peak() -> int:
+    """Bytes: the most that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> dict:
+    """`a` against `b`, logits [tokens, vocabulary]."""
+    difference = a.astype(np.float64) - b
+    return {
+        "relative": float(np.linalg.norm(difference) / np.linalg.norm(b)),
+        "largest": float(np.abs(difference).max()),
+        "same_top": float((a.argmax(-1) == b.argmax(-1)).mean()),
+    }
+
+
+STAGES = {
+    "write": write,
+    "ours": lambda folder, _: ours(folder),
+    "bfloat16": lambda folder, _: theirs(folder, "bfloat16"),
+    "float32": lambda folder, _: theirs(folder, "float32"),
+    "compare": lambda folder, _: unequal(folder),
+}
+
+
+def report(found: dict, folder: Path) -> dict:
+    size, loaded = found["write"]["bytes"], found["ours"]
+    logits = {name: np.load(folder / f"{name}.npy") for name in ("ours", "bfloat16", "float32")}
+    pairs = {
+        "jaxmllm bf16 - torch bf16": distance(logits["ours"], logits["bfloat16"]),
+        "torch bf16 - torch f32": distance(logits["bfloat16"], logits["float32"]),
+        "jaxmllm bf16 - torch f32": distance(logits["ours"], logits["float32"]),
+    }
+    compared = found["compare"]
+    print(f"checkpoint: {size / 2**30:.2f} GiB in {found['write']['shards']} shards, {compared['tensors']} tensors")
+    print(f"{'peak memory':28}{'GiB':>10}{'x file':>10}")
+    for label, value in (
+        ("jaxmllm imports", loaded["imports_bytes"]),
+        ("jaxmllm load", loaded["load_peak_bytes"]),
+        ("jaxmllm load and export", loaded["export_peak_bytes"]),
+        ("jaxmllm and forward", loaded["forward_peak_bytes"]),
+        ("torch load", found["bfloat16"]["load_peak_bytes"]),
+        ("torch load and forward", found["bfloat16"]["forward_peak_bytes"]),
+    ):
+        print(f"{label:28}{value / 2**30:>10.2f}{value / size:>10.2f}")
+    print(f"load {loaded['load_seconds']:.0f} s, export {loaded['export_seconds']:.0f} s")
+    print(f"{'logits':28}{'relative':>10}{'largest':>10}{'same top':>10}")
+    for label, row in pairs.items():
+        print(f"{label:28}{row['relative']:>10.5f}{row['largest']:>10.4f}{row['same_top']:>10.3f}")
+    print(f"export: {len(compared['differing'])} of {compared['tensors']} tensors differ")
+    return found | {"logits": pairs, "load_peak_x_file": loaded["load_peak_bytes"] / size}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="must not exist yet; removed at the end")
+    parser.add_argument("--layers", type=int, default=36, help="of the decoder; fewer to try the script")
+    parser.add_argument("--json", type=Path, help="write all figures here as well")
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.stage:
+        print(json.dumps(STAGES[args.stage](args.folder, args.layers)))
+        return
+    args.folder.mkdir(parents=True)
+    found = {}
+    try:
+        for stage in STAGES:
+            command = [sys.executable, "-m", MODULE, "--folder", args.folder, "--layers", str(args.layers), "--stage", stage]
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            found[stage] = json.loads(out.splitlines()[-1])
+        figures = report(found, args.folder)
+    finally:
+        shutil.rmtree(args.folder)
+    print(json.dumps(figures))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()
