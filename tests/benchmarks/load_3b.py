@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+TORCH = ("bfloat16_sdpa", "bfloat16_eager", "float32_sdpa")  # dtype and attention of the reference runs
 MODULE = "tests.benchmarks.load_3b"
 # config.json of Qwen2.5-VL-3B-Instruct, where it differs from the defaults of its classes or names a size
 TEXT = dict(
@@ -136,21 +137,33 @@ def ours(folder: Path) -> dict:
 
 
 def widen(model, wide, pixels) -> None:
-    """Every part is widened when it is called and narrowed after: exact, since the weights are bfloat16."""
-    narrow, visual, text = model.dtype, model.model.visual, model.model.language_model
-    # rounded on the way in, as the tower's own dtype is still the narrow one
+    """Every part computes in `wide`, its weights widened only while it runs: exact, since they are stored in bfloat16."""
+    visual, text = model.model.visual, model.model.language_model
+
+    def before(module, _):
+        module.narrow = {parameter: parameter.data for parameter in module.parameters()}
+        for parameter, data in module.narrow.items():
+            parameter.data = data.to(wide)
+
+    def after(module, *_):
+        for parameter, data in module.narrow.items():
+            parameter.data = data
+
+    # the tower's own dtype is still the narrow one, so its input comes rounded
     visual.patch_embed.register_forward_pre_hook(lambda *_: (pixels.to(wide),))
     text.embed_tokens.register_forward_hook(lambda module, ids, output: output.to(wide))
     for part in (visual.patch_embed, *visual.blocks, visual.merger, *text.layers, text.norm, model.lm_head):
-        part.register_forward_pre_hook(lambda module, _: module.to(wide) and None)
-        part.register_forward_hook(lambda module, *_: module.to(narrow) and None)
+        part.register_forward_pre_hook(before)
+        part.register_forward_hook(after)
 
 
-def theirs(folder: Path, dtype: str) -> dict:
+def theirs(folder: Path, dtype: str, attention: str = "sdpa") -> dict:
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation=attention
+    ).eval()
     figures = {"load_peak_bytes": peak()}
     raw, wide = np.load(folder / "inputs.npz"), getattr(torch, dtype)
     pixels = torch.tensor(raw["pixels"])
@@ -165,7 +178,7 @@ def theirs(folder: Path, dtype: str) -> dict:
             image_grid_thw=torch.tensor(raw["grids"]),
         ).logits
     assert logits.dtype == wide, logits.dtype
-    np.save(folder / f"{dtype}.npy", logits[0].float().numpy())
+    np.save(folder / f"{dtype}_{attention}.npy", logits[0].float().numpy())
     return figures | {"forward_peak_bytes": peak()}
 
 
@@ -210,19 +223,23 @@ def distance(a: np.ndarray, b: np.ndarray) -> dict:
 STAGES = {
     "write": write,
     "ours": lambda folder, _: ours(folder),
-    "bfloat16": lambda folder, _: theirs(folder, "bfloat16"),
-    "float32": lambda folder, _: theirs(folder, "float32"),
+    "bfloat16_sdpa": lambda folder, _: theirs(folder, "bfloat16"),
+    "bfloat16_eager": lambda folder, _: theirs(folder, "bfloat16", "eager"),
+    "float32_sdpa": lambda folder, _: theirs(folder, "float32"),
     "compare": lambda folder, _: unequal(folder),
 }
 
 
 def report(found: dict, folder: Path) -> dict:
     size, loaded = found["write"]["bytes"], found["ours"]
-    logits = {name: np.load(folder / f"{name}.npy") for name in ("ours", "bfloat16", "float32")}
+    logits = {name: np.load(folder / f"{name}.npy") for name in ("ours", *TORCH)}
+    bf16, eager, f32 = (logits[name] for name in TORCH)
     pairs = {
-        "jaxmllm bf16 - torch bf16": distance(logits["ours"], logits["bfloat16"]),
-        "torch bf16 - torch f32": distance(logits["bfloat16"], logits["float32"]),
-        "jaxmllm bf16 - torch f32": distance(logits["ours"], logits["float32"]),
+        "jaxmllm bf16 - torch f32": distance(logits["ours"], f32),
+        "torch bf16 - torch f32": distance(bf16, f32),
+        "jaxmllm bf16 - torch bf16": distance(logits["ours"], bf16),
+        # what two correct bfloat16 programs differ by: torch's own two attention kernels
+        "torch eager - torch bf16": distance(eager, bf16),
     }
     compared = found["compare"]
     print(f"checkpoint: {size / 2**30:.2f} GiB in {found['write']['shards']} shards, {compared['tensors']} tensors")
@@ -232,8 +249,8 @@ def report(found: dict, folder: Path) -> dict:
         ("jaxmllm load", loaded["load_peak_bytes"]),
         ("jaxmllm load and export", loaded["export_peak_bytes"]),
         ("jaxmllm and forward", loaded["forward_peak_bytes"]),
-        ("torch load", found["bfloat16"]["load_peak_bytes"]),
-        ("torch load and forward", found["bfloat16"]["forward_peak_bytes"]),
+        ("torch load", found["bfloat16_sdpa"]["load_peak_bytes"]),
+        ("torch load and forward", found["bfloat16_sdpa"]["forward_peak_bytes"]),
     ):
         print(f"{label:28}{value / 2**30:>10.2f}{value / size:>10.2f}")
     print(f"load {loaded['load_seconds']:.0f} s, export {loaded['export_seconds']:.0f} s")
