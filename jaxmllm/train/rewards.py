@@ -47,16 +47,19 @@ def _parts(value: Any, name: str, record: Mapping[str, Any]) -> tuple[float, dic
     """(total, named parts) of what a reward returned; NaN when it does not apply."""
     if value is None:
         return math.nan, {}
+    where = f"reward {name}, record {record.get('id')!r}"
     if isinstance(value, Mapping):
         parts = {key: math.nan if part is None else float(part) for key, part in value.items()}
         if "reward" not in parts:
-            raise InputError(f"reward {name}, record {record.get('id')!r}: its dict lacks the key 'reward'")
-        return parts["reward"], parts
-    if isinstance(value, numbers.Real):
-        return float(value), {}
-    raise InputError(
-        f"reward {name}, record {record.get('id')!r}: returned {type(value).__name__}, expected a number, a dict or None"
-    )
+            raise InputError(f"{where}: its dict lacks the key 'reward'")
+        total = parts["reward"]
+    elif isinstance(value, numbers.Real):
+        total, parts = float(value), {}
+    else:
+        raise InputError(f"{where}: returned {type(value).__name__}, expected a number, a dict or None")
+    if math.isinf(total):
+        raise InputError(f"{where}: returned {total}, expected a finite number")
+    return total, parts
 
 
 def _one(name: str, style: dict[str, Any], text: str, record: Mapping[str, Any]) -> tuple[float, dict[str, float]]:

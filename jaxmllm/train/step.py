@@ -96,7 +96,7 @@ def apply_gradients(
     else:
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, train))
         (loss, grads), metrics = jax.lax.scan(add, zero, microbatches(batch, update.accumulation_steps))
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, opt_state = update.tx.update(grads, state.opt_state, train)
     stepped = optax.apply_updates(train, updates)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)

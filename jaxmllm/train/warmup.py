@@ -2,7 +2,9 @@
 
 Trained from nothing on a small budget, tower and decoder together do not learn to ground: the loss stays at the marginal
 distribution of boxes. A tower that has first been told, for each vision token, which object covers most of it, makes the rest
-easy. Attribute words are read through the (tied) embedding, coordinates through linear heads that are thrown away afterwards.
+easy. All targets are read through the (tied) embedding: attribute words directly, each of the four coordinates as the token
+of its number after a linear map of its own, which is thrown away. So numbers get embeddings that lie in order, and the
+decoder has only to find those maps again.
 """
 
 import functools
@@ -17,6 +19,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxmllm.data.images import PixelConfig, image_frames
+from jaxmllm.errors import InputError
 from jaxmllm.mesh import shard_batch
 from jaxmllm.model import qwen_vl
 from jaxmllm.train.step import Update, apply_gradients
@@ -50,10 +53,9 @@ def word_fields(sources: Sequence[WorldSource]) -> dict[str, tuple[str, ...]]:
     return fields
 
 
-def init_heads(key, width: int, largest: int) -> dict:
-    """Linear heads for coordinates 0..largest."""
-    kernel = 0.02 * jax.random.normal(key, (len(COORDINATES), width, largest + 1))
-    return {"kernel": kernel, "bias": jnp.zeros((len(COORDINATES), largest + 1))}
+def init_heads(key: Any, width: int) -> dict:
+    """A linear map for each coordinate, from a vision token to the embedding of its number."""
+    return {"kernel": width**-0.5 * jax.random.normal(key, (len(COORDINATES), width, width))}
 
 
 class _Pictures:
@@ -113,8 +115,9 @@ def warmup_step(
     *,
     update: Update,
     word_ids: tuple[tuple[str, tuple[int, ...]], ...],
+    number_ids: tuple[int, ...],
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One update of the tower. `word_ids`: for each field, the token of each of its words."""
+    """One update of the tower. `word_ids`: for each field, the token of each of its words; `number_ids`: of 0, 1, .."""
 
     def loss_fn(params, micro: WarmupBatch):
         tokens = qwen_vl.encode(params, update.cfg, micro.vision)[:, token_index].astype(jnp.float32)
@@ -125,8 +128,9 @@ def warmup_step(
             loss, accuracy = _cross_entropy(normed @ table.T, micro.words[name])
             losses.append(loss)
             metrics[f"accuracy/{name}"] = accuracy
-        heads = params[HEADS]
-        coordinates = jnp.einsum("bcd,kdv->bckv", normed, heads["kernel"]) + heads["bias"]
+        numbers = params["embed"][jnp.asarray(number_ids)].astype(jnp.float32)
+        mapped = jnp.einsum("bcd,kde->bcke", normed, params[HEADS]["kernel"])
+        coordinates = mapped @ numbers.T
         loss, metrics["accuracy/coordinate"] = _cross_entropy(coordinates, micro.boxes)
         # a coordinate counts as much as an attribute
         return (sum(losses) + 4 * loss) / (len(losses) + 4), metrics
@@ -140,6 +144,11 @@ class Warmup:
 
     def __init__(self, sources: Sequence[WorldSource], tokenizer: Any, token_index: np.ndarray):
         self.token_index = jnp.asarray(token_index)
+        largest = max(max(source.spec.size) for source in sources)
+        pieces = [tokenizer.encode(str(n), add_special_tokens=False) for n in range(largest + 1)]
+        if any(len(piece) != 1 for piece in pieces):
+            raise InputError(f"vision_warmup: the tokenizer must write each of 0..{largest} as one token")
+        self.number_ids = tuple(piece[0] for piece in pieces)
         # the piece a word has inside a question, where a blank precedes it
         self.word_ids = tuple(
             (name, tuple(tokenizer.encode(f"the {word}", add_special_tokens=False)[-1] for word in words))
@@ -148,7 +157,14 @@ class Warmup:
 
     def __call__(self, run: Any, batch: WarmupBatch) -> dict[str, Any]:
         batch = shard_batch(batch, run.mesh)
-        run.state, metrics = warmup_step(run.state, batch, self.token_index, update=run.update, word_ids=self.word_ids)
+        run.state, metrics = warmup_step(
+            run.state,
+            batch,
+            self.token_index,
+            update=run.update,
+            word_ids=self.word_ids,
+            number_ids=self.number_ids,
+        )
         return metrics
 
     def get_state(self) -> dict[str, float]:
