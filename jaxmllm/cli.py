@@ -1,6 +1,7 @@
 """The `jaxmllm` command. A mistake in the input prints one message; `--debug` adds the traceback."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -251,6 +252,7 @@ def train(arguments: Sequence[str]) -> int:
         return 0 if "--help" in arguments or "-h" in arguments else EXIT_INPUT
     config = load_config(arguments[0])
     config = tyro.cli(TrainConfig, default=config, args=list(arguments[1:]), prog=f"jaxmllm train {arguments[0]}")
+    config.validate()
 
     from jaxmllm import distributed
 
@@ -281,6 +283,8 @@ COMMANDS = {"sample": sample, "score": score, "convert": convert, "eval": evalua
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for a mistake in the input, 75 when saved after a signal."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # as a program, before jax is imported: what was compiled once is kept for the next start
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jaxmllm" / "compiled"))
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(name)s: %(message)s")
