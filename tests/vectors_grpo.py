@@ -19,6 +19,7 @@ TOKENS = (
     "tool_mask",
     "rollout_is_weights",
 )
+NONE_IS_A_VALUE = ("is_clip_min", "is_clip_max", "clip_min", "clip_max")  # no bound; their default is not None
 WEIGHT_OPTIONS = {
     "is_mode": "importance_sampling_mode",
     "is_clip_min": "importance_sampling_clip_min",
@@ -27,16 +28,39 @@ WEIGHT_OPTIONS = {
 
 
 def in_float64(function):
+    """Takes the fields of one case, or a list of such; a field of None is an absent one."""
+
     @functools.wraps(function)
     def run(inputs):
+        if isinstance(inputs, list):
+            return [run(case) for case in inputs]
+        given = {name: v for name, v in inputs.items() if v is not None or name in NONE_IS_A_VALUE}
         with jax.enable_x64(True):
-            return jax.tree.map(lambda x: x.tolist() if hasattr(x, "tolist") else x, function(**inputs))
+            return jax.tree.map(lambda x: x.tolist() if hasattr(x, "tolist") else x, function(**given))
 
     return run
 
 
 def array(values):
     return jnp.asarray(values, float)
+
+
+def floats(tree):
+    """Lists become arrays, numbers floats, at any depth of dicts."""
+    if isinstance(tree, dict):
+        return {name: floats(x) for name, x in tree.items()}
+    return array(tree)
+
+
+def per_item(function, field, is_one):
+    """`function` of a list in `field`; one item of it gives one result."""
+
+    def run(**fields):
+        if is_one(fields[field]):
+            return function(**fields | {field: [fields[field]]})[0]
+        return function(**fields)
+
+    return run
 
 
 def with_gradient(loss_fn, logps):
@@ -46,9 +70,8 @@ def with_gradient(loss_fn, logps):
 
 def split_fields(fields):
     """Arrays of `grpo_loss`, its other arguments, and its options, from a vector's fields."""
-    given = {name: value for name, value in fields.items() if value is not None}
-    arrays = {name: array(given[name]) for name in TOKENS if name in given}
-    call = {name: given[name] for name in ("num_items_in_batch", "num_processes") if name in given}
+    arrays = {name: array(fields[name]) for name in TOKENS if name in fields}
+    call = {name: fields[name] for name in ("num_items_in_batch", "num_processes") if name in fields}
     options = {name: v for name, v in fields.items() if name not in (*TOKENS, "num_items_in_batch", "num_processes")}
     weights = {field: options.pop(name) for name, field in WEIGHT_OPTIONS.items() if name in options}
     # sampling_logps alone serve the off-policy mask; weights are asked for by is_mode
@@ -127,6 +150,16 @@ def on_arrays(function):
     return lambda **fields: function(**{k: array(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
+def sync_reference(policy, ref, alpha):
+    return schedules.sync_reference(floats(policy), floats(ref), alpha)
+
+
+soft_overlong_punishment = per_item(advantages.soft_overlong_punishment, "lengths", lambda x: not isinstance(x, list))
+repetition_penalty = per_item(
+    advantages.repetition_penalty, "completion_ids", lambda ids: bool(ids) and not isinstance(ids[0], list)
+)
+
+
 FUNCTIONS = {
     "group_advantages": in_float64(group_advantages),
     "rloo_advantages": in_float64(on_rewards(advantages.rloo_advantages)),
@@ -141,9 +174,9 @@ FUNCTIONS = {
     "off_policy_sequence_mask": in_float64(on_arrays(correction.off_policy_sequence_mask)),
     "high_entropy_mask": in_float64(on_arrays(correction.high_entropy_mask)),
     "rollout_diagnostics": in_float64(on_arrays(correction.rollout_diagnostics)),
-    "soft_overlong_punishment": lambda inputs: advantages.soft_overlong_punishment(**inputs),
-    "repetition_penalty": lambda inputs: advantages.repetition_penalty(**inputs),
-    "sync_reference": in_float64(on_arrays(schedules.sync_reference)),
+    "soft_overlong_punishment": in_float64(soft_overlong_punishment),
+    "repetition_penalty": in_float64(repetition_penalty),
+    "sync_reference": in_float64(sync_reference),
     "adaptive_kl_coef": in_float64(on_arrays(schedules.adaptive_kl_coef)),
     "adaptive_entropy_coef": in_float64(on_arrays(schedules.adaptive_entropy_coef)),
     "end_to_end": in_float64(end_to_end),

@@ -6,18 +6,17 @@ import numpy as np
 
 from jaxmllm.losses import unlikelihood
 
-_FLOATS = ("logits", "sigma", "r", "logps", "ul_mask")
 _INTS = ("targets", "turn_id")
 
 
 def _arrays(inputs):
-    """The call's arguments as arrays; every other field is passed as it stands."""
-    out = dict(inputs)
-    for names, dtype in ((_FLOATS, float), (_INTS, int)):
-        for name in names:
-            if out.get(name) is not None:
-                out[name] = jnp.asarray(np.asarray(out[name], dtype))
-    return out
+    """The call's arguments: lists and the fields that are arrays become arrays, every other is passed as it stands."""
+    return {
+        name: jnp.asarray(np.asarray(value, int if name in _INTS else float))
+        if isinstance(value, list) or name in ("r", "sigma")
+        else value
+        for name, value in inputs.items()
+    }
 
 
 def _call(function):

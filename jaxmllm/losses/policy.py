@@ -181,7 +181,7 @@ def grpo_loss(
       sampling_logps: the same as reported by the engine that drew the text; gives rollout weights and diagnostics.
       entropies: nats per position, for the metric, the entropy mask and the bonus.
       tool_mask: 0 on text inserted by a tool or environment; multiplies `mask`.
-      rollout_is_weights: `[B, 1]` or `[B, T]`, instead of those computed from `sampling_logps`; for `vespo`, which sums
+      rollout_is_weights: `[B]`, `[B, 1]` or `[B, T]`, instead of those computed from `sampling_logps`; for `vespo`, which sums
         their logarithms over all positions, they must be 1 where masked.
       num_items_in_batch: N, counted tokens of the rows of the whole optimizer step (all micro-batches and processes),
         for the token-mean losses; default: this micro-batch.
@@ -316,6 +316,7 @@ def _rollout_weights(
     if weights is None:
         return None, metrics
     weights = jax.lax.stop_gradient(weights).astype(mask.dtype)
+    weights = weights[:, None] if weights.ndim == 1 else weights
     if given is not None and keep_masked:
         return weights, metrics
     counted = mask if weights.shape == mask.shape else masked_count(mask, axis=1, keepdims=True)
