@@ -23,18 +23,24 @@ Exit statuses of `jaxmllm`, for whoever restarts it:
 | 137    | SIGKILL: out of memory, or evicted without notice                              | yes, from the last checkpoint    |
 """
 
+import contextlib
 import importlib.util
+import json
 import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 
 from jaxmllm.errors import InputError
+from jaxmllm.mesh import BATCH
 
 log = logging.getLogger(__name__)
 
@@ -196,3 +202,58 @@ def leave(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+# ---------------------------------------------------------------- rows and values of several processes
+
+
+def row_block(mesh: Mesh) -> tuple[int, int]:
+    """(number, count) of the block of a batch's rows that this process loads; processes that share rows load the same.
+
+    Raises InputError when the mesh splits a process's rows so that another holds only some of them.
+    """
+    parts = mesh.shape["replica"] * mesh.shape["fsdp"]
+    held: dict[int, set[int]] = {}
+    for device, index in NamedSharding(mesh, BATCH).devices_indices_map((parts,)).items():
+        held.setdefault(device.process_index, set()).add(index[0].start or 0)
+    blocks = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, blocks)) != parts:
+        raise InputError(
+            f"mesh: tensor = {mesh.shape['tensor']} spreads rows over parts of several processes; with {len(held)} processes "
+            f"of {len(mesh.local_devices)} devices, let tensor divide {len(mesh.local_devices)} or be a multiple of it"
+        )
+    return blocks.index(tuple(sorted(held[jax.process_index()]))), len(blocks)
+
+
+def local_rows(tree: Any) -> Any:
+    """The rows of this process as numpy arrays, of arrays whose first axis is split over the mesh; scalars as they are."""
+
+    def fetch(x: jax.Array) -> np.ndarray:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        rows = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(rows[start].data) for start in sorted(rows)])
+
+    return jax.tree.map(fetch, tree)
+
+
+def from_all(value: Any) -> list[Any]:
+    """The JSON-able `value` of every process, in the order of their numbers; each must call it at the same point."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(data.size)).reshape(-1)
+    padded = np.pad(data, (0, int(sizes.max()) - data.size))
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+
+
+@contextlib.contextmanager
+def one_after_another() -> Iterator[bool]:
+    """Process 0 runs the block first, the others when it is done; True in process 0. For files that all of them share."""
+    first = jax.process_index() == 0
+    if not first:
+        multihost_utils.sync_global_devices("process 0 is done")
+    yield first
+    if first and jax.process_count() > 1:
+        multihost_utils.sync_global_devices("process 0 is done")

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 P = PartitionSpec
 AXES = ("replica", "fsdp", "tensor")
 BATCH = P(("replica", "fsdp"))  # prompts are split over both, completions follow their prompt
+CACHE = P(None, ("replica", "fsdp"), None, None, "tensor")  # of the completions: layers, prompts, G, tokens, heads
 
 # (regular expression on the parameter's path, spec of its last dimensions). First match wins; a leading layer axis is whole.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
@@ -95,6 +96,29 @@ def tree_paths(tree: Any) -> Any:
 def param_shardings(params: Any, mesh: Mesh, rules=RULES) -> Any:
     """NamedSharding of every parameter (arrays or shapes)."""
     return jax.tree.map(lambda path, x: NamedSharding(mesh, spec_for(path, x.shape, mesh, rules)), tree_paths(params), params)
+
+
+def lay_out(x: Any, spec: PartitionSpec, like: Any) -> Any:
+    """Inside a program: `x` split so over the mesh that `like` lies on; `x` itself where that is none of ours.
+
+    For arrays that a program makes from nothing, which the compiler would otherwise keep whole on every device. An axis that
+    does not divide its dimension is dropped.
+    """
+    mesh = jax.typeof(like).sharding.mesh
+    if mesh.empty or not set(AXES) <= set(mesh.axis_names):
+        return x
+
+    def size(axes: Any) -> int:
+        return math.prod(mesh.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)))
+
+    dims = [axes if axes and n % size(axes) == 0 else None for axes, n in zip(spec, x.shape, strict=False)]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*dims)))
+
+
+def row_parts(like: Any) -> int:
+    """Inside a program: into how many parts the mesh that `like` lies on splits the rows of a batch."""
+    mesh = jax.typeof(like).sharding.mesh
+    return 1 if mesh.empty or not set(AXES) <= set(mesh.axis_names) else mesh.shape["replica"] * mesh.shape["fsdp"]
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

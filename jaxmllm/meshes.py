@@ -12,10 +12,13 @@ Two layouts of the same devices (axes as in `jaxmllm.mesh`):
 
 import dataclasses
 import math
+import os
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+from jax.sharding import AxisType, Mesh
 
 from jaxmllm.config import ModelConfig
 from jaxmllm.errors import InputError
@@ -101,6 +104,7 @@ class MeshTarget:
         from jax.experimental import topologies
 
         tpu = self.chip.platform == "tpu"
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not wait for the metadata server of a TPU host
         options = {} if tpu else {"topology": self.topology, "target_config": self.chip.target_config}
         try:
             return topologies.get_topology_desc(self.topology, platform=self.chip.platform, **options).devices
@@ -176,6 +180,16 @@ def check_layout(
     if problems:
         raise InputError("\n".join(problems))
     return sizes
+
+
+def same_devices(mesh: Mesh, axes: MeshConfig, where: str = "sample_mesh") -> Mesh:
+    """The devices of `mesh`, in its order, under other axes.
+
+    One order for both: a program can then take arrays of one mesh and return them on the other.
+    """
+    sizes = check_layout(axes, mesh.devices.size, where)
+    shape = tuple(sizes[axis] for axis in AXES)
+    return Mesh(mesh.devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _heads(model: ModelConfig | None) -> Mapping[str, int]:

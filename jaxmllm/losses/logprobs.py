@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmllm.errors import InputError
+from jaxmllm.mesh import row_parts
 
 MASKED = -1e30  # log-weight of a token that cannot be drawn; finite, so that 0 * MASKED is 0 in the entropy
 CHUNK_ELEMENTS = 1 << 25  # logits held at once on one device: 128 MiB of float32
@@ -130,7 +131,8 @@ def token_logprobs(
     rows = hidden.shape[0]
     sampling = sampling.scored
     penalised = sampling.repetition_penalty != 1.0
-    chunk = 1 if penalised else max(1, min(length, chunk or CHUNK_ELEMENTS // max(1, rows * vocab)))
+    here = -(-rows // row_parts(hidden))  # rows of one device
+    chunk = 1 if penalised else max(1, min(length, chunk or CHUNK_ELEMENTS // max(1, here * vocab)))
     pad = -length % chunk
 
     def split(a):

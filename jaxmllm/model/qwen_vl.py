@@ -11,6 +11,7 @@ from einops import rearrange, repeat
 from jaxtyping import Array, Float, Int, Key
 
 from jaxmllm.config import ModelConfig
+from jaxmllm.mesh import CACHE, lay_out
 from jaxmllm.model.text import Decoder
 from jaxmllm.model.vision import Tower
 from jaxmllm.types import Completions, KVCache, Prompts, Vision
@@ -126,9 +127,8 @@ def prefill(
     decoder = Decoder(cfg, prompt_len=x.shape[1], keep_prompt=True)
     hidden, _, (k, v) = decoder.apply(_variables(params, "text"), x, prompts.positions, prompts.lengths)
     own = (k.shape[0], k.shape[1], num_generations, max_new_tokens, *k.shape[3:])
-    cache = KVCache(
-        k, v, prompts.lengths, prompts.next_position, jnp.zeros(own, k.dtype), jnp.zeros(own, v.dtype)
-    )
+    own_k, own_v = (lay_out(jnp.zeros(own, a.dtype), CACHE, prompts.tokens) for a in (k, v))
+    cache = KVCache(k, v, prompts.lengths, prompts.next_position, own_k, own_v)
     return _last_hidden(hidden, prompts.lengths), cache
 
 

@@ -106,6 +106,7 @@ class TrainConfig:
     grpo: GRPOOptions = GRPOOptions()
     loss_norm: Literal["sample", "token"] = "token"  # SFT: see jaxmllm.losses.supervised
     mesh: MeshConfig = MeshConfig()
+    sample_mesh: MeshConfig | None = None  # layout of the same devices while sampling; None: as in training
     logging_steps: int = 1
     eval_steps: int = 0  # evaluate every so many updates; 0: only before and after
     save_steps: int = 100

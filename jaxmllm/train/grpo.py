@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmllm import distributed
 from jaxmllm.data.pipeline import Batch
 from jaxmllm.losses.advantages import completion_metrics, estimate_advantages, reward_metrics, soft_overlong_punishment
+from jaxmllm.losses.grpo_options import GRPOOptions
 from jaxmllm.losses.schedules import adaptive_entropy_coef, applied_entropy_coef, sync_reference
 from jaxmllm.mesh import shard_batch
-from jaxmllm.rollout import sampler
+from jaxmllm.rollout import layout, sampler
 from jaxmllm.train.config import TrainConfig
 from jaxmllm.train.optim import join, split
 from jaxmllm.train.rewards import Rewards
@@ -38,6 +40,32 @@ class Drawn:
     metrics: dict[str, Any]
 
 
+keys_of_rows = jax.jit(sampler.row_keys, static_argnums=2)
+
+
+def judge(
+    told: dict[str, Any], block: int, names: list[str], options: GRPOOptions
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Advantages [B * G] of the whole batch and its metrics, from what every process knows of its own rows (`told`).
+
+    `block`: number of this process's block of rows.
+    """
+    blocks = dict(distributed.from_all([block, told]))
+    every = [blocks[number] for number in sorted(blocks)]
+
+    def joined(name: str) -> list[Any]:
+        return [row for one in every for row in one[name]]
+
+    rewards, lengths, parts = jnp.asarray(joined("table"), jnp.float32), joined("lengths"), joined("parts")
+    estimated, metrics = estimate_advantages(rewards, options)
+    metrics |= reward_metrics(rewards, names)
+    metrics |= completion_metrics(jnp.asarray(lengths), jnp.asarray(joined("stopped")))
+    metrics["num_tokens"] = sum(one["prompt_tokens"] for one in every) + sum(lengths)
+    for part in sorted({name for row in parts for name in row if name != "reward"}):
+        metrics[f"rewards/{part}/mean"] = np.nanmean([row.get(part, np.nan) for row in parts])
+    return np.asarray(estimated), metrics
+
+
 class GRPO:
     """Callable `(run, batch) -> metrics` that replaces `run.state`."""
 
@@ -51,6 +79,7 @@ class GRPO:
         self.entropy_coef: Any = jnp.asarray(config.grpo.entropy_coef)
         self.entropy: Any = jnp.asarray(jnp.inf)
         self.last: Drawn | None = None  # for the table of completions
+        self.copy: Any = None  # the program that makes the sampler's parameters, when it needs its own
 
     def __call__(self, run: Run, batch: Batch) -> dict[str, Any]:
         drawn, seconds = self.draw(run, batch)
@@ -79,22 +108,27 @@ class GRPO:
             vision_tokens = jax.block_until_ready(encode_jit(params, cfg, prompts.vision))
             prompts = prompts.replace(vision=None)
         lap("encode")
+        sampling_params, (sampled_prompts, sampled_vision) = self.for_sampling(run, (prompts, vision_tokens))
+        lap("relayout")
         sampling = self.sampling(run)
         step_key = jax.random.fold_in(jax.random.key(self.config.seed), int(run.state.step))
-        first = jax.process_index() * len(batch.records)
+        block, _ = distributed.row_block(run.mesh)
+        first = block * len(batch.records)
         ids = shard_batch(np.arange(first, first + len(batch.records), dtype=np.int32), run.mesh)
         samples = sampler.sample(
-            params,
+            sampling_params,
             cfg,
-            prompts,
-            sampler.row_keys(step_key, ids, g),
+            sampled_prompts,
+            layout.move_rows(keys_of_rows(step_key, ids, g), run.sample_mesh),
             sampling,
             max_new_tokens=options.max_completion_length,
             stop_ids=model.stop_ids,
             pad_id=model.pad_id,
-            vision_tokens=vision_tokens,
+            vision_tokens=sampled_vision,
         )
-        host = jax.device_get(samples)
+        del sampling_params, sampled_prompts, sampled_vision  # the copy's memory belongs to the update
+        samples = layout.move_rows(samples, run.mesh)
+        host = distributed.local_rows(samples)
         lap("sample")
 
         lengths, stopped = host.lengths.reshape(-1), host.stopped.reshape(-1)
@@ -108,15 +142,15 @@ class GRPO:
             limit = options.max_completion_length
             punished = soft_overlong_punishment(lengths.tolist(), limit, self.config.rollout.soft_punish_cache)
             table, names = np.column_stack([table, punished]), [*names, "soft_overlong"]
+        told = {
+            "table": np.asarray(table, np.float64).tolist(),
+            "lengths": lengths.tolist(),
+            "stopped": stopped.tolist(),
+            "parts": parts,
+            "prompt_tokens": int(batch.prompts.lengths.sum()),
+        }
         weights = options.reward_weights and (*options.reward_weights, 1.0)[: len(names)]
-        estimated, metrics = estimate_advantages(
-            jnp.asarray(table, jnp.float32), dataclasses.replace(options, reward_weights=weights)
-        )
-        metrics |= reward_metrics(jnp.asarray(table, jnp.float32), names)
-        metrics |= completion_metrics(jnp.asarray(lengths), jnp.asarray(stopped))
-        metrics["num_tokens"] = int(batch.prompts.lengths.sum()) + int(lengths.sum())
-        for part in sorted({name for row in parts for name in row if name != "reward"}):
-            metrics[f"rewards/{part}/mean"] = np.nanmean([row.get(part, np.nan) for row in parts])
+        estimated, metrics = judge(told, block, names, dataclasses.replace(options, reward_weights=weights))
         lap("reward")
 
         counted = np.arange(rows.shape[1]) < lengths[:, None]
@@ -128,7 +162,7 @@ class GRPO:
             lengths=samples.lengths,
             weights=shard_batch(counted.reshape(b, g, -1).astype(np.float32), run.mesh),
         )
-        advantages = np.asarray(estimated)
+        advantages = estimated[first * g : (first + b) * g]
         rollout = Rollout(
             prompts=prompts,
             completions=completions,
@@ -141,6 +175,13 @@ class GRPO:
         )
         lap("score")
         return Drawn(rollout, texts, records, table, advantages, parts, metrics), seconds
+
+    def for_sampling(self, run: Run, rows: Any) -> tuple[Any, Any]:
+        """Parameters and rows as the sampler wants them: the trainer's own where both layouts and types agree."""
+        params, dtype = run.state.params, run.model.cfg.dtype
+        if self.copy is None and layout.needs_copy(params, run.sample_mesh, dtype):
+            self.copy = layout.relayout(params, run.sample_mesh, dtype)
+        return self.copy(params) if self.copy else params, layout.move_rows(rows, run.sample_mesh)
 
     def sampling(self, run: Run):
         return self.config.rollout.sampling(tuple(sorted(set(run.model.cfg.vision_token_ids))))

@@ -15,9 +15,11 @@ from jaxmllm.data.chat import Processor
 from jaxmllm.data.examples import Asking, Sized
 from jaxmllm.data.pipeline import agree_with_all, rl_batches, sft_batches
 from jaxmllm.data.sources import RecordSource, open_source
+from jaxmllm.distributed import row_block
 from jaxmllm.errors import InputError
 from jaxmllm.eval.harness import Generate
 from jaxmllm.mesh import make_mesh, param_shardings
+from jaxmllm.meshes import same_devices
 from jaxmllm.model import lora
 from jaxmllm.train.config import TrainConfig
 from jaxmllm.train.grpo import GRPO
@@ -40,6 +42,7 @@ class Run:
     batches: Any  # iterator with get_state, set_state and close
     asking: Asking
     step: GRPO | Supervised | Warmup  # (run, batch) -> metrics; replaces `state`
+    sample_mesh: Mesh  # the same devices as `mesh`, laid out for sampling
 
     @property
     def frozen_tower(self) -> bool:
@@ -49,6 +52,10 @@ class Run:
 
 def build_mesh(config: TrainConfig) -> Mesh:
     return make_mesh(**dataclasses.asdict(config.mesh))
+
+
+def build_sample_mesh(config: TrainConfig, mesh: Mesh) -> Mesh:
+    return mesh if config.sample_mesh is None else same_devices(mesh, config.sample_mesh)
 
 
 def load_model(config: TrainConfig, mesh: Mesh) -> api.Model:
@@ -101,15 +108,14 @@ def _new_state(config: TrainConfig, model: api.Model, mesh: Mesh) -> tuple[Train
     if config.lora is not None:
         params = lora.add(jax.random.fold_in(jax.random.key(config.seed), 1), params, config.lora)
     if config.method == "vision_warmup":
-        width, largest = model.cfg.vision.out_hidden_size, _largest_side(config)
-        params = params | {HEADS: init_heads(jax.random.key(config.seed), width, largest)}
+        params = params | {HEADS: init_heads(jax.random.key(config.seed), model.cfg.vision.out_hidden_size)}
     params = jax.device_put(params, param_shardings(params, mesh))
     train, _ = split(params, config.trainable)
     # moments lie where their parameter lies: zeros_like under jit keeps the sharding
     shapes = jax.eval_shape(tx.init, train)
     whole = NamedSharding(mesh, PartitionSpec())
     by_shape = jax.tree.map(lambda x: x.sharding, train)
-    shardings = _optimiser_shardings(shapes, train, by_shape, whole)
+    shardings = optimiser_shardings(shapes, train, by_shape, whole)
     opt_state = jax.jit(tx.init, out_shardings=shardings)(train)
     # with adapters the reference is the model without them
     needs_reference = config.method == "grpo" and config.grpo.beta > 0 and config.lora is None
@@ -119,7 +125,7 @@ def _new_state(config: TrainConfig, model: api.Model, mesh: Mesh) -> tuple[Train
     return TrainState(step, params, opt_state, reference), update
 
 
-def _optimiser_shardings(shapes: Any, train: Any, shardings: Any, whole: NamedSharding) -> Any:
+def optimiser_shardings(shapes: Any, train: Any, shardings: Any, whole: NamedSharding) -> Any:
     """Any subtree of the optimiser's state with the parameters' structure gets the parameters' shardings."""
     structure: Any = jax.tree.structure(train)
 
@@ -138,10 +144,6 @@ def _world_sources(config: TrainConfig) -> list[Any]:
     return sources
 
 
-def _largest_side(config: TrainConfig) -> int:
-    return max(max(source.spec.size) for source in _world_sources(config))
-
-
 def build(config: TrainConfig) -> Run:
     """Loads, shards and opens everything. Raises InputError before anything is compiled or written."""
     config.validate()
@@ -153,7 +155,7 @@ def build(config: TrainConfig) -> Run:
     common: dict[str, Any] = dict(
         max_bad_records=data.max_bad_records,
         threads=data.workers,
-        process=(jax.process_index(), jax.process_count()),
+        process=row_block(mesh),
         agree=agree_with_all if jax.process_count() > 1 else None,
     )
     batches: Any
@@ -181,7 +183,7 @@ def build(config: TrainConfig) -> Run:
         pixels = model.processor.pixel_config
         batches, token_index = warmup_batches(sources, pixels, config.batch_size, config.seed, data.workers)
         step = Warmup(sources, model.tokenizer, token_index)
-    return Run(config, mesh, model, state, update, batches, asking, step)
+    return Run(config, mesh, model, state, update, batches, asking, step, build_sample_mesh(config, mesh))
 
 
 def _mixture(config: TrainConfig) -> RecordSource:

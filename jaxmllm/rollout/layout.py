@@ -1,0 +1,69 @@
+"""Moving a run between its two layouts: parameters as the sampler wants them, rows from one mesh to the other.
+
+Training splits every parameter over all devices and gathers a layer's as it runs. Decoding reads every parameter at every
+token, so it gets a copy of its own, once a rollout: in the type of the products, split over `tensor` alone. Both meshes
+hold the same devices in the same order, so each move is one compiled program.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from jaxmllm.mesh import BATCH, P, param_shardings, tree_paths
+
+VECTORS = ("scale", "bias")  # of norms and linear layers: read in float32 by some, and small
+
+
+def sampling_params(params: Any, mesh: Mesh, dtype: str) -> Any:
+    """Shapes, types and shardings of the sampler's copy: matrices in `dtype`, vectors as they are.
+
+    The model casts a matrix where it uses it, so the copy gives the same numbers bit for bit.
+    """
+
+    def leaf(path, x, sharding):
+        kind = x.dtype if path.endswith(VECTORS) else jnp.dtype(dtype)
+        return jax.ShapeDtypeStruct(x.shape, kind, sharding=sharding)
+
+    return jax.tree.map(leaf, tree_paths(params), params, param_shardings(params, mesh))
+
+
+def relayout(params: Any, mesh: Mesh, dtype: str) -> Callable[[Any], Any]:
+    """The jitted program that makes the sampler's copy of parameters like these (arrays or shapes)."""
+    target = sampling_params(params, mesh, dtype)
+
+    def copy(params):
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), params, target)
+
+    return jax.jit(copy, out_shardings=jax.tree.map(lambda like: like.sharding, target))
+
+
+def needs_copy(params: Any, mesh: Mesh, dtype: str) -> bool:
+    """Whether the sampler's copy would differ from the parameters themselves."""
+    target = sampling_params(params, mesh, dtype)
+    same = jax.tree.map(lambda x, like: x.dtype == like.dtype and _lies(x, like.sharding), params, target)
+    return not all(jax.tree.leaves(same))
+
+
+def _lies(x: jax.Array, sharding: NamedSharding) -> bool:
+    """Whether an array is laid out so; under another mesh it is not, even where that places it alike."""
+    own = x.sharding
+    return isinstance(own, NamedSharding) and own.mesh == sharding.mesh and own.is_equivalent_to(sharding, x.ndim)
+
+
+@functools.cache
+def _mover(sharding: NamedSharding) -> Callable[[Any], Any]:
+    return jax.jit(lambda x: x, out_shardings=sharding)
+
+
+def move_rows(tree: Any, mesh: Mesh) -> Any:
+    """Arrays with a leading batch axis, and scalars, as `mesh` lays them out."""
+
+    def move(x: jax.Array) -> jax.Array:
+        sharding = NamedSharding(mesh, BATCH if x.ndim else P())
+        return x if _lies(x, sharding) else _mover(sharding)(x)
+
+    return jax.tree.map(move, tree)

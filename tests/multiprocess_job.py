@@ -1,0 +1,101 @@
+"""One process of a run of several: a few GRPO updates of a small model, its numbers written where the test finds them.
+
+    python -m tests.multiprocess_job FOLDER '{"max_steps": 5, "mesh": {"fsdp": 4, "tensor": 2}}'
+
+The processes find each other by JAX_COORDINATOR_ADDRESS and its companions. Exit statuses are the command's.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from jaxmllm import distributed
+from jaxmllm.errors import InputError
+from jaxmllm.losses.grpo_options import GRPOOptions
+from jaxmllm.train.config import DataConfig, MeshConfig, OptimConfig, RolloutConfig, TrainConfig
+
+SCENES = "size=56x56&objects=2-3"
+
+
+def reward(text: str, record) -> dict[str, float]:
+    """Differs between the completions of any model."""
+    total = sum(text.encode()) % 101 / 100
+    return {"reward": total, "length": float(len(text))}
+
+
+def config(folder: str | Path, **changes) -> TrainConfig:
+    base = TrainConfig(
+        name="run",
+        output_dir=str(folder),
+        batch_size=8,
+        max_steps=5,
+        data=DataConfig(train=(f"world:grounding?{SCENES}&length=512",), workers=1),
+        optim=OptimConfig(learning_rate=1e-4, lr_scheduler_type="constant", gradient_accumulation_steps=1),
+        rollout=RolloutConfig(reward_funcs=("tests.multiprocess_job:reward",)),
+        grpo=GRPOOptions(num_generations=2, max_completion_length=6, beta=0.04, scale_rewards="batch"),
+        save_steps=1000,
+        export=False,
+        completions_steps=1000,
+    )
+    for name in ("mesh", "sample_mesh"):
+        if isinstance(changes.get(name), dict):
+            changes[name] = MeshConfig(**changes[name])
+    return dataclasses.replace(base, **changes)
+
+
+def records(folder: Path) -> list:
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+def main(folder: Path, changes: dict) -> int:
+    import jax
+    import numpy as np
+
+    from jaxmllm.train import grpo, loop, setup
+
+    pause = changes.pop("pause", 0.0)
+    draw = grpo.GRPO.draw
+
+    def noted(self, run, batch):
+        """Which records each update saw, by process."""
+        import time
+
+        time.sleep(pause)
+        found = distributed.from_all([batch.step, [record["id"] for record in batch.records]])
+        if jax.process_index() == 0:
+            step = int(run.state.step)
+            with open(folder / "records.jsonl", "a") as file:
+                file.write(json.dumps([step, sorted({tuple(ids) for _, ids in found})]) + "\n")
+        return draw(self, run, batch)
+
+    grpo.GRPO.draw = noted
+    runs = []
+    build = setup.build
+    loop.build = lambda config: runs.append(build(config)) or runs[-1]
+    loop.train(config(folder, **changes))
+    # whole in every process, so that the first can write it
+    whole = jax.sharding.NamedSharding(runs[0].mesh, jax.sharding.PartitionSpec())
+    state = jax.jit(lambda x: x, out_shardings=whole)(runs[0].state.params)
+    if jax.process_index() == 0:
+        leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+        np.savez(folder / "params.npz", **leaves)
+    return 0
+
+
+if __name__ == "__main__":
+    from jaxmllm.train.loop import Interrupted
+
+    status = 1
+    try:
+        distributed.start(timeout=120)
+        status = main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    except Interrupted as stopped:
+        print(stopped, flush=True)
+        status = 75
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        status = 2
+    finally:
+        distributed.leave(status)
+    sys.exit(status)
