@@ -19,7 +19,7 @@ config = TrainConfig(
         train=(f"{SCENES}&length=10000000",),
         eval=("world:grounding?size=84x84&objects=2-6&split=val",),
         questions_per_image=6,
-        first_coordinate_weight=3.0,
+        first_corner_weight=3.0,
     ),
     optim=OptimConfig(
         learning_rate=2e-3, lr_scheduler_type="constant", warmup_steps=50, weight_decay=0.01, adam_beta2=0.98

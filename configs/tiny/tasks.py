@@ -19,7 +19,7 @@ config = TrainConfig(
         train=(f"world:grounding:3,counting:1?{SCENES}&questions=4&length=10000000",),
         eval=(f"world:grounding?{SCENES}&split=val", f"world:counting?{SCENES}&split=val"),
         questions_per_image=4,
-        first_coordinate_weight=3.0,
+        first_corner_weight=3.0,
     ),
     optim=OptimConfig(learning_rate=1.5e-3, warmup_steps=50, weight_decay=0.01, adam_beta2=0.98),
     logging_steps=20,

@@ -15,15 +15,24 @@ if TYPE_CHECKING:
     from jaxmllm.train.setup import Run
 
 
-def first_coordinate(tokenizer: Any, weight: float) -> Weigh | None:
-    """Weighs the token after each opening bracket of a box: which object is meant is decided there. None for weight 1."""
+def first_corner(tokenizer: Any, weight: float) -> Weigh | None:
+    """Weighs the first two numbers after each opening bracket, which decide what object is meant. None for weight 1.
+
+    Meant for tokenizers that write a number as one token.
+    """
     if weight == 1:
         return None
-    opening = {i for i in range(len(tokenizer)) if tokenizer.decode([i]).endswith("[")}
+    pieces = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    opening = {i for i, piece in enumerate(pieces) if piece.endswith("[")}
+    number = {i for i, piece in enumerate(pieces) if piece.strip().isdecimal()}
 
     def weigh(record: dict[str, Any], tokens: Sequence[int]) -> list[float]:
-        before = [None, *tokens[:-1]]
-        return [weight if previous in opening else 1.0 for previous in before]
+        weights, expected = [], 0
+        for token in tokens:
+            chosen = expected > 0 and token in number
+            weights.append(weight if chosen else 1.0)
+            expected = 2 if token in opening else expected - chosen
+        return weights
 
     return weigh
 
