@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxmllm import distributed
 from jaxmllm.config import ModelConfig, load_model_config
 from jaxmllm.data.chat import Buckets, Example, Processor, collate, collate_completions
 from jaxmllm.errors import InputError
@@ -57,7 +58,9 @@ class Model:
         wanted = -(-max(rows, at_least) // parts) * parts
         padded = [*examples, *[examples[-1]] * (wanted - rows)]
         prompts = collate(padded, self.buckets)
-        return (jax.tree.map(jnp.asarray, prompts) if self.mesh is None else shard_batch(prompts, self.mesh)), rows
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, prompts), rows
+        return shard_batch(distributed.own_block(prompts, self.mesh), self.mesh), rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +199,7 @@ def generate(
             pad_id=model.pad_id,
             counts=jnp.where(jnp.arange(padded) < rows, num_generations, 0),
         )
-        host = jax.device_get(samples)
+        host = distributed.whole(samples)
         for b in range(rows):
             group = zip(host.tokens[b], host.lengths[b], host.logps[b], host.stopped[b], strict=True)
             results.append([_generation(model, *one) for one in group])
@@ -276,9 +279,9 @@ def score(
         group = [*group, *[group[-1]] * (prompts.tokens.shape[0] - rows)]
         batch: Completions = collate_completions(group, model.buckets)
         if model.mesh is not None:
-            batch = shard_batch(batch, model.mesh)
+            batch = shard_batch(distributed.own_block(batch, model.mesh), model.mesh)
         logps, _ = score_jit(model.params, model.cfg, prompts, batch, sampling or Sampling())
-        host = jax.device_get(logps)
+        host = distributed.whole(logps)
         results += [[host[b, g, : len(c)] for g, c in enumerate(group[b])] for b in range(rows)]
     return results
 

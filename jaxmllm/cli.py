@@ -16,10 +16,24 @@ Many = tyro.conf.UseAppendAction
 EXIT_INPUT = 2
 
 
-def _console() -> Any:
+def _console(quiet: bool = False) -> Any:
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, quiet=quiet)
+
+
+def options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments without the flags of these names, and the flags' values. Other flags are fields of the config."""
+    rest, found, given = [], {}, iter(arguments)
+    for one in given:
+        name, _, value = one.partition("=")
+        if name not in names:
+            rest.append(one)
+        elif not (value := value or next(given, "")):
+            raise InputError(f"{name}: a value is missing")
+        else:
+            found[name] = value
+    return rest, found
 
 
 def sample(
@@ -250,24 +264,34 @@ def train(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         print("usage: jaxmllm train CONFIG.py [--field value ...]   (--help after the config lists the fields)")
         return 0 if "--help" in arguments or "-h" in arguments else EXIT_INPUT
+    arguments, given = options(arguments, ("--mesh",))
     config = load_config(arguments[0])
     config = tyro.cli(TrainConfig, default=config, args=list(arguments[1:]), prog=f"jaxmllm train {arguments[0]}")
     config.validate()
 
+    import jax
+
     from jaxmllm import distributed
 
     distributed.start()
+    if "--mesh" in given:
+        from jaxmllm.meshes import on_mesh
+
+        config = on_mesh(config, given["--mesh"])
     from jaxmllm.train.loop import EXIT_INTERRUPTED, Interrupted
     from jaxmllm.train.loop import train as run
     from jaxmllm.train.progress import Live
 
-    with Live(config, _console()) as live:
+    first = jax.process_index() == 0
+    with Live(config, _console(quiet=not first)) as live:
         try:
             folder = run(config, live.update)
         except Interrupted as stopped:
             live.stop()
             _console().print(f"[yellow]{stopped}")
             return EXIT_INTERRUPTED
+    if not first:
+        return 0
     if config.data.eval:
         from jaxmllm.eval import measure, tables
 
@@ -275,6 +299,24 @@ def train(arguments: Sequence[str]) -> int:
         _console().print(tables.terminal(tables.change_rows(changes), "before and after, same held-out records"))
     report(folder)
     return 0
+
+
+def _together(arguments: Sequence[str]) -> int:
+    """`train`; in a run of several processes one that fails leaves at once, so that the others stop as well."""
+    try:
+        return train(arguments)
+    except BaseException as error:
+        from jaxmllm import distributed
+
+        if distributed.is_loss(error):
+            print(f"error: another process was lost; start again, from the last checkpoint ({error})", file=sys.stderr)
+            distributed.leave(distributed.EXIT_LOST)
+        if isinstance(error, InputError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            logging.getLogger(__name__).error("%s: %s", type(error).__name__, error)
+        distributed.leave(EXIT_INPUT if isinstance(error, InputError) else 1)
+        raise
 
 
 COMMANDS = {"sample": sample, "score": score, "convert": convert, "eval": evaluate, "report": report, "data": data}
@@ -291,9 +333,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         if arguments and arguments[0] == "train":
-            return train(arguments[1:])
+            return _together(arguments[1:])
+        if arguments and arguments[0] == "plan":
+            from jaxmllm.plan.command import plan
+
+            return plan(arguments[1:])
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS | {"train": lambda: None}, args=arguments, prog="jaxmllm", description=__doc__
+            COMMANDS | {"train": lambda: None, "plan": lambda: None}, args=arguments, prog="jaxmllm", description=__doc__
         )
         return 0
     except InputError as error:

@@ -28,7 +28,9 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,12 +42,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from jaxmllm.errors import InputError
-from jaxmllm.mesh import BATCH
+from jaxmllm.mesh import BATCH, P
 
 log = logging.getLogger(__name__)
 
 LOST_SECONDS = 30  # a process that was silent for so long is taken for dead, and all the others stop
 TOGETHER = (0, 75)  # every process ends so after the same update
+EXIT_LOST = 134  # as jax's own abort: another process is gone
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -190,6 +193,14 @@ def told_to_stop(step: int) -> bool:
     return jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step)
 
 
+def is_loss(error: BaseException) -> bool:
+    """Whether an error is what a collective raises when another process is gone."""
+    if not jax.distributed.is_initialized() or not isinstance(error, jax.errors.JaxRuntimeError | RuntimeError):
+        return False
+    words = ("gloo", "connection closed", "connection reset", "connection refused", "nccl", "unavailable", "deadline", "aborted")
+    return any(word in str(error).lower() for word in words)
+
+
 def leave(status: int) -> None:
     """Ends this process at once when it has failed and others depend on it; returns in a run of one process.
 
@@ -225,6 +236,12 @@ def row_block(mesh: Mesh) -> tuple[int, int]:
     return blocks.index(tuple(sorted(held[jax.process_index()]))), len(blocks)
 
 
+def own_block(rows: Any, mesh: Mesh) -> Any:
+    """This process's block of host arrays that every process has whole."""
+    number, count = row_block(mesh)
+    return jax.tree.map(lambda x: x[number * (len(x) // count) : (number + 1) * (len(x) // count)], rows)
+
+
 def local_rows(tree: Any) -> Any:
     """The rows of this process as numpy arrays, of arrays whose first axis is split over the mesh; scalars as they are."""
 
@@ -246,6 +263,30 @@ def from_all(value: Any) -> list[Any]:
     padded = np.pad(data, (0, int(sizes.max()) - data.size))
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+
+
+def whole(tree: Any) -> Any:
+    """numpy copies of global arrays in every process."""
+
+    def fetch(x: jax.Array) -> np.ndarray:
+        if not (x.is_fully_addressable or x.is_fully_replicated):
+            assert isinstance(x.sharding, NamedSharding)
+            x = jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)
+        return np.asarray(x)
+
+    return jax.tree.map(fetch, tree)
+
+
+def own_copy(folder: Path) -> Path:
+    """A folder that all processes share, for process 0; for each other one a copy of its own, the same at this point."""
+    mine = folder
+    multihost_utils.sync_global_devices("before the copy")
+    if jax.process_index():
+        mine = Path(tempfile.mkdtemp(prefix="jaxmllm_")) / folder.name
+        if folder.exists():
+            shutil.copytree(folder, mine)
+    multihost_utils.sync_global_devices("after the copy")
+    return mine
 
 
 @contextlib.contextmanager

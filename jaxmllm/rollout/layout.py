@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from jaxmllm.mesh import BATCH, P, param_shardings, tree_paths
+from jaxmllm.mesh import BATCH, RULES, P, param_shardings, tree_paths
 
 VECTORS = ("scale", "bias")  # of norms and linear layers: read in float32 by some, and small
 
@@ -31,12 +31,21 @@ def sampling_params(params: Any, mesh: Mesh, dtype: str) -> Any:
     return jax.tree.map(leaf, tree_paths(params), params, param_shardings(params, mesh))
 
 
+def _over_replicas(spec: P) -> P:
+    return P(*("replica" if axis == "fsdp" else axis for axis in spec))
+
+
 def relayout(params: Any, mesh: Mesh, dtype: str) -> Callable[[Any], Any]:
     """The jitted program that makes the sampler's copy of parameters like these (arrays or shapes)."""
     target = sampling_params(params, mesh, dtype)
+    # on the way each device holds a part of what it will hold whole: from there it is one gather, never all of a parameter
+    halfway = param_shardings(params, mesh, [(pattern, _over_replicas(spec)) for pattern, spec in RULES])
 
     def copy(params):
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), params, target)
+        def one(x, like, sharding):
+            return jax.lax.with_sharding_constraint(x.astype(like.dtype), sharding)
+
+        return jax.tree.map(one, params, target, halfway)
 
     return jax.jit(copy, out_shardings=jax.tree.map(lambda like: like.sharding, target))
 

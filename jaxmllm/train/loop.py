@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmllm import distributed
 from jaxmllm.errors import InputError
 from jaxmllm.eval import harness
 from jaxmllm.model import hf, lora
@@ -27,6 +29,7 @@ from jaxmllm.train.warmup import HEADS
 log = logging.getLogger(__name__)
 # may differ when a run goes on: they do not enter the numbers of an update
 FREE_FIELDS = ("max_seconds", "output_dir", "logging_steps", "save_steps", "save_total_limit", "export", "data.workers")
+FREE_FIELDS += ("mesh", "sample_mesh")  # another machine: the same numbers up to rounding
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, start the same command again
 Progress = Callable[[int, dict[str, float]], None]  # called with (updates done, metrics) at every logged update
 
@@ -37,17 +40,25 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def stop_flag() -> Iterator[list[str]]:
-    """A list that names the signal once SIGINT or SIGTERM arrived; a second one acts as usual."""
+    """A list that names the signal once SIGINT or SIGTERM arrived; a second one acts as usual.
+
+    With several processes SIGTERM is jax's, which makes all of them stop after the same update (`distributed.told_to_stop`),
+    and SIGINT is passed on as SIGTERM.
+    """
     received: list[str] = []
+    alone = jax.process_count() == 1
 
     def note(number, _):
+        if not alone:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         received.append(signal.Signals(number).name)
         for one, old in previous.items():
             signal.signal(one, old)
 
     previous = {}
     with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
-        previous = {one: signal.signal(one, note) for one in (signal.SIGINT, signal.SIGTERM)}
+        previous = {one: signal.signal(one, note) for one in (signal.SIGINT, signal.SIGTERM)[: 1 + alone]}
     try:
         yield received
     finally:
@@ -64,7 +75,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     config.validate()
     run = build(config)
     sources = eval_sources(config, run.model.processor)
-    claim(config.run_dir, config, FREE_FIELDS)
+    with distributed.one_after_another():
+        claim(config.run_dir, config, FREE_FIELDS)
     checkpoints = Checkpoints(
         config.run_dir / "checkpoints", keep=config.save_total_limit, best_metric=config.metric_for_best_model
     )
@@ -75,7 +87,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
         run.step.set_state(data["step"])
         trained_seconds, seen_tokens = data["seconds"], data["tokens"]
     start = int(run.state.step)
-    record_start(config.run_dir, config.seed, jax.devices())
+    if jax.process_index() == 0:
+        record_start(config.run_dir, config.seed, jax.devices())
     writer = MetricsWriter(
         config.run_dir,
         resume_step=start if resumed is not None else None,
@@ -101,7 +114,10 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
                 evaluate(run, sources, "before")
             step = start
             while step < config.max_steps and not stop:
-                if config.max_seconds and time.monotonic() - began > config.max_seconds:
+                if distributed.told_to_stop(step):
+                    stop.append("SIGTERM")
+                    break
+                if config.max_seconds and distributed.from_all(time.monotonic() - began > config.max_seconds)[0]:
                     break
                 clock = time.perf_counter()
                 batch = next(run.batches)
@@ -154,10 +170,13 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
 def evaluate(run: Run, sources: dict[str, Any], name: str) -> dict[str, float]:
     """Greedy evaluation on every source, into run_dir/eval/<name>; goes on with what the folder holds."""
     config = run.config
+    out_dir = config.run_dir / "eval" / name
+    if jax.process_count() > 1:  # all generate together, so all go on with the same records; the first one's files are kept
+        out_dir = distributed.own_copy(out_dir)
     found = harness.evaluate(
         generator(run),
         sources,
-        out_dir=config.run_dir / "eval" / name,
+        out_dir=out_dir,
         batch_size=max(32, config.batch_size),
         limit=config.data.eval_samples,
         options=run.asking.options,
