@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+RESIDUAL_GAIN = 0.2  # of layers that write to the residual stream: at first they must not drown the tokens' embeddings
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -21,12 +22,13 @@ class Linear(nn.Module):
 
     features: tuple[int, ...]
     use_bias: bool = True
+    gain: float = 1.0  # of the initial weights
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "..."]:
         width = x.shape[-1]
         # fan-in: 0.02 at a width of 2,500, and attention that is not uniform at a width of 128
-        kernel = self.param("kernel", nn.initializers.normal(width**-0.5), (width, *self.features))
+        kernel = self.param("kernel", nn.initializers.normal(self.gain * width**-0.5), (width, *self.features))
         flat = x.reshape(-1, width)
 
         def product(rows, matrix):
@@ -80,7 +82,7 @@ class GatedMLP(nn.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         gate = Linear((self.width,), self.use_bias, name="gate_proj")(x)
         up = Linear((self.width,), self.use_bias, name="up_proj")(x)
-        return Linear((x.shape[-1],), self.use_bias, name="down_proj")(ACTIVATIONS[self.act](gate) * up)
+        return Linear((x.shape[-1],), self.use_bias, RESIDUAL_GAIN, name="down_proj")(ACTIVATIONS[self.act](gate) * up)
 
 
 def rotate(

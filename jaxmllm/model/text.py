@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmllm.config import ModelConfig
 from jaxmllm.model import attention
-from jaxmllm.model.layers import GatedMLP, Linear, RMSNorm, rotate, stack
+from jaxmllm.model.layers import RESIDUAL_GAIN, GatedMLP, Linear, RMSNorm, rotate, stack
 
 
 class Shared(struct.PyTreeNode):
@@ -69,7 +69,7 @@ class Attention(nn.Module):
             out = attention.completion(grouped(q), *own, shared.mask, *prompt_kv, shared.prompt_lengths)
             parts.append(out.reshape(b, -1, heads, h))
         out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-        return Linear((d,), use_bias=False, name="o_proj")(out.reshape(b, n, -1)), cache, kept
+        return Linear((d,), use_bias=False, gain=RESIDUAL_GAIN, name="o_proj")(out.reshape(b, n, -1)), cache, kept
 
 
 class Block(nn.Module):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmllm.config import ModelConfig
 from jaxmllm.model import attention
-from jaxmllm.model.layers import ACTIVATIONS, GatedMLP, LayerNorm, Linear, RMSNorm, rotate, stack
+from jaxmllm.model.layers import ACTIVATIONS, RESIDUAL_GAIN, GatedMLP, LayerNorm, Linear, RMSNorm, rotate, stack
 from jaxmllm.types import Vision
 
 NORM_EPS = 1e-6  # fixed in both models, not part of config.json
@@ -32,7 +32,7 @@ class PlainMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         hidden = ACTIVATIONS[self.act](Linear((self.width,), name="fc1")(x))
-        return Linear((x.shape[-1],), name="fc2")(hidden)
+        return Linear((x.shape[-1],), gain=RESIDUAL_GAIN, name="fc2")(hidden)
 
 
 class VisionAttention(nn.Module):
@@ -69,7 +69,7 @@ class VisionAttention(nn.Module):
             out = in_window(q, k, v)
         else:  # one scanned body for both kinds of block
             out = jax.lax.cond(is_full, in_frame, in_window, q, k, v)
-        return Linear((d,), name="proj")(out.reshape(x.shape))
+        return Linear((d,), gain=RESIDUAL_GAIN, name="proj")(out.reshape(x.shape))
 
 
 class VisionBlock(nn.Module):
@@ -108,9 +108,7 @@ class Tower(nn.Module):
 
         is_full = np.isin(np.arange(cfg.depth), cfg.fullatt_block_indexes)
         in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
-        blocks = stack(
-            VisionBlock, cfg.depth, self.cfg.remat, self.cfg.unroll, in_axes, cfg=self.cfg, name="blocks"
-        )
+        blocks = stack(VisionBlock, cfg.depth, self.cfg.remat, self.cfg.unroll, in_axes, cfg=self.cfg, name="blocks")
         x, _ = blocks(x, jnp.asarray(is_full), jnp.cos(angles), jnp.sin(angles), valid)
 
         merged = cfg.hidden_size * cfg.spatial_merge_size**2

@@ -28,7 +28,7 @@ class DataConfig:
     max_pixels: int | None = None
     max_prompt_length: int = 1024  # tokens, vision included; a longer prompt is an error
     questions_per_image: int = 1  # SFT: questions that share one image and its prefix
-    first_coordinate_weight: float = 1.0  # SFT: weight of the first number of each box in the loss
+    first_corner_weight: float = 1.0  # SFT: weight of the first two numbers of each box in the loss
     max_bad_records: int = 0  # records that may be unreadable before the run stops
     workers: int = 2  # threads that prepare batches ahead
 

@@ -25,7 +25,7 @@ from jaxmllm.train.config import TrainConfig
 from jaxmllm.train.grpo import GRPO
 from jaxmllm.train.optim import make_optimizer, split
 from jaxmllm.train.step import Update
-from jaxmllm.train.supervised import Supervised, first_coordinate
+from jaxmllm.train.supervised import Supervised, first_corner
 from jaxmllm.train.warmup import HEADS, Warmup, init_heads, warmup_batches
 from jaxmllm.types import TrainState
 
@@ -174,7 +174,7 @@ def build(config: TrainConfig) -> Run:
             config.seed,
             asking=asking,
             questions=data.questions_per_image,
-            weigh=first_coordinate(model.tokenizer, data.first_coordinate_weight),
+            weigh=first_corner(model.tokenizer, data.first_corner_weight),
             **common,
         )
         step = Supervised(config)
