@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,21 @@ class Drawn:
 
 
 keys_of_rows = jax.jit(sampler.row_keys, static_argnums=2)
+SHORTEST = 16  # tokens a completion is cut to at least
+
+
+@functools.partial(jax.jit, static_argnames=("names", "options"))
+def _estimate(rewards, lengths, stopped, names: tuple[str, ...], options: GRPOOptions):
+    """(advantages, metrics), in one program: op by op it would be hundreds."""
+    advantages, metrics = estimate_advantages(rewards, options)
+    return advantages, metrics | reward_metrics(rewards, list(names)) | completion_metrics(lengths, stopped)
+
+
+def cut_length(longest: int, limit: int) -> int:
+    """`limit` halved as often as the longest completion allows: few lengths, so few programs."""
+    while limit % 2 == 0 and limit // 2 >= max(longest, SHORTEST):
+        limit //= 2
+    return limit
 
 
 def judge(
@@ -57,9 +73,7 @@ def judge(
         return [row for one in every for row in one[name]]
 
     rewards, lengths, parts = jnp.asarray(joined("table"), jnp.float32), joined("lengths"), joined("parts")
-    estimated, metrics = estimate_advantages(rewards, options)
-    metrics |= reward_metrics(rewards, names)
-    metrics |= completion_metrics(jnp.asarray(lengths), jnp.asarray(joined("stopped")))
+    estimated, metrics = _estimate(rewards, jnp.asarray(lengths), jnp.asarray(joined("stopped")), tuple(names), options)
     metrics["num_tokens"] = sum(one["prompt_tokens"] for one in every) + sum(lengths)
     for part in sorted({name for row in parts for name in row if name != "reward"}):
         metrics[f"rewards/{part}/mean"] = np.nanmean([row.get(part, np.nan) for row in parts])
@@ -153,12 +167,15 @@ class GRPO:
         estimated, metrics = judge(told, block, names, dataclasses.replace(options, reward_weights=weights))
         lap("reward")
 
-        counted = np.arange(rows.shape[1]) < lengths[:, None]
+        # what nobody wrote costs nothing in scoring and update
+        width = cut_length(int(metrics["completions/max_length"]), rows.shape[1])
+        counted = np.arange(width) < lengths[:, None]
         if options.mask_truncated_completions:
             counted &= stopped[:, None]
         b = len(batch.records)
+        tokens, logps = samples.tokens[:, :, :width], samples.logps[:, :, :width]
         completions = Completions(
-            tokens=samples.tokens,
+            tokens=tokens,
             lengths=samples.lengths,
             weights=shard_batch(counted.reshape(b, g, -1).astype(np.float32), run.mesh),
         )
@@ -169,9 +186,9 @@ class GRPO:
             advantages=shard_batch(advantages.reshape(b, g), run.mesh),
             vision_tokens=vision_tokens,
             # the weights that sampled are the weights at the start of the update: no pass for old log-probabilities
-            old_logps=samples.logps if self.updates > 1 else None,
+            old_logps=logps if self.updates > 1 else None,
             ref_logps=self.reference_logps(run, prompts, completions, vision_tokens),
-            sampling_logps=samples.logps,
+            sampling_logps=logps,
         )
         lap("score")
         return Drawn(rollout, texts, records, table, advantages, parts, metrics), seconds
