@@ -5,7 +5,7 @@
 
 from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig
 
-SCENES = "world:grounding?size=84x84&objects=2-6&questions=6"
+SCENES = "world:grounding?size=84x84&objects=2-4"
 
 config = TrainConfig(
     name="tiny_grounding",
@@ -16,8 +16,8 @@ config = TrainConfig(
     batch_size=16,
     max_steps=1500,
     data=DataConfig(
-        train=(f"{SCENES}&length=10000000",),
-        eval=("world:grounding?size=84x84&objects=2-6&split=val",),
+        train=(f"{SCENES}&questions=6&length=10000000",),
+        eval=(f"{SCENES}&split=val",),
         questions_per_image=6,
         first_corner_weight=3.0,
     ),
@@ -25,6 +25,6 @@ config = TrainConfig(
         learning_rate=2e-3, lr_scheduler_type="constant", warmup_steps=50, weight_decay=0.01, adam_beta2=0.98
     ),
     logging_steps=20,
-    eval_steps=250,
+    eval_steps=500,
     save_steps=250,
 )

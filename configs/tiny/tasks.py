@@ -1,4 +1,4 @@
-"""Third of three runs that make the embedded model: grounding and counting together.
+"""Third of three runs that make the embedded model: counting, detection and one relation join grounding.
 
     ./launch/local.sh jaxmllm train configs/tiny/tasks.py
 """
@@ -14,15 +14,23 @@ config = TrainConfig(
     trainable=r"(?!vision/).*",
     unroll=True,
     batch_size=16,
-    max_steps=1500,
+    max_steps=1300,
     data=DataConfig(
-        train=(f"world:grounding:3,counting:1?{SCENES}&questions=4&length=10000000",),
-        eval=(f"world:grounding?{SCENES}&split=val", f"world:counting?{SCENES}&split=val"),
+        train=(
+            f"world:grounding:2,counting:1,detection:1?{SCENES}&questions=4&length=10000000",
+            "world:grounding?size=84x84&objects=3-4&depth=1-1&questions=4&length=10000000",
+        ),
+        weights=(4.0, 1.0),
+        eval=(
+            f"world:grounding?{SCENES}&split=val",
+            f"world:counting?{SCENES}&split=val",
+            f"world:detection?{SCENES}&split=val",
+        ),
         questions_per_image=4,
         first_corner_weight=3.0,
     ),
     optim=OptimConfig(learning_rate=1.5e-3, warmup_steps=50, weight_decay=0.01, adam_beta2=0.98),
     logging_steps=20,
-    eval_steps=250,
-    save_steps=250,
+    eval_steps=500,
+    save_steps=100,
 )
