@@ -4,6 +4,7 @@ Axes: `replica` copies parameters (slow links between slices or nodes), `fsdp` s
 splits heads, MLP width and vocabulary. Optimiser state and gradients follow their parameter.
 """
 
+import functools
 import logging
 import math
 import re
@@ -19,8 +20,9 @@ from jaxmllm.errors import InputError
 log = logging.getLogger(__name__)
 P = PartitionSpec
 AXES = ("replica", "fsdp", "tensor")
-BATCH = P(("replica", "fsdp"))  # prompts are split over both, completions follow their prompt
-CACHE = P(None, ("replica", "fsdp"), None, None, "tensor")  # of the completions: layers, prompts, G, tokens, heads
+ROWS = ("replica", "fsdp")
+BATCH = P(ROWS)  # prompts are split over both, completions follow their prompt
+CACHE = P(None, ROWS, None, None, "tensor")  # of the completions: layers, prompts, G, tokens, heads
 
 # (regular expression on the parameter's path, spec of its last dimensions). First match wins; a leading layer axis is whole.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
@@ -31,7 +33,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*/attn/qkv/kernel", P("fsdp", None, "tensor")),
     (r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|merger_fc1)/kernel", P("fsdp", "tensor")),
     (r".*/(o_proj|down_proj|proj|fc2|merger_fc2)/kernel", P("tensor", "fsdp")),
-    (r"vision/patch_embed/kernel", P(None, "fsdp")),
+    (r".*/patch_embed/kernel", P(None, "fsdp")),
     (r"warmup/.*", P()),  # throw-away heads of the vision warm-up
     (r".*/(scale|bias)", P()),
 )
@@ -113,6 +115,37 @@ def lay_out(x: Any, spec: PartitionSpec, like: Any) -> Any:
 
     dims = [axes if axes and n % size(axes) == 0 else None for axes, n in zip(spec, x.shape, strict=False)]
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*dims)))
+
+
+def gathered(x: Any, path: str, dtype: Any) -> Any:
+    """Inside a program: the parameter at `path` in `dtype`, whole over `fsdp`, split over `tensor`; its gradient split again.
+
+    Said at every use: left alone, the compiler may keep the parameter split and move the activations, which are larger. `x`
+    itself, in its own type, without a mesh that splits it or a rule for the path.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    known = any(re.fullmatch(pattern, path) for pattern, _ in RULES)
+    if mesh.empty or not set(AXES) <= set(mesh.axis_names) or mesh.shape["fsdp"] == 1 or not known:
+        return x
+    stored = spec_for(path, x.shape, mesh)
+    whole = P(*(None if axis == "fsdp" else axis for axis in stored))
+    return _gathered(x.astype(dtype), NamedSharding(mesh, stored), NamedSharding(mesh, whole))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: Any, stored: NamedSharding, whole: NamedSharding) -> Any:
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+def _gathered_forward(x: Any, stored: NamedSharding, whole: NamedSharding) -> tuple[Any, None]:
+    return _gathered(x, stored, whole), None
+
+
+def _gathered_backward(stored: NamedSharding, whole: NamedSharding, _: None, gradient: Any) -> tuple[Any]:
+    return (jax.lax.with_sharding_constraint(gradient, stored),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def row_parts(like: Any) -> int:

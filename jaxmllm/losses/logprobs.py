@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmllm.errors import InputError
-from jaxmllm.mesh import row_parts
+from jaxmllm.mesh import ROWS, P, lay_out, row_parts
 
 MASKED = -1e30  # log-weight of a token that cannot be drawn; finite, so that 0 * MASKED is 0 in the entropy
 CHUNK_ELEMENTS = 1 << 25  # logits held at once on one device: 128 MiB of float32
@@ -131,7 +131,12 @@ def token_logprobs(
     rows = hidden.shape[0]
     sampling = sampling.scored
     penalised = sampling.repetition_penalty != 1.0
-    here = -(-rows // row_parts(hidden))  # rows of one device
+    parts = row_parts(hidden)
+    parts = parts if rows % parts == 0 else 1
+    here = rows // parts  # rows of one device
+    if parts > 1:
+        # each part of the mesh its own copy: the kernel's gradient is then summed over devices once, not in every chunk
+        kernel = lay_out(jnp.broadcast_to(kernel, (parts, *kernel.shape)), P(ROWS, None, "tensor"), hidden)
     chunk = 1 if penalised else max(1, min(length, chunk or CHUNK_ELEMENTS // max(1, here * vocab)))
     pad = -length % chunk
 
@@ -142,9 +147,14 @@ def token_logprobs(
     @jax.checkpoint
     def one_chunk(seen, inputs):
         h, target = inputs
-        logits = jnp.einsum(
-            "nd,dv->nv", h.reshape(-1, width), kernel.astype(h.dtype), preferred_element_type=jnp.float32
-        )
+        if parts > 1:
+            h = h.reshape(parts, -1, width)
+            logits = jnp.einsum("pnd,pdv->pnv", h, kernel.astype(h.dtype), preferred_element_type=jnp.float32)
+            logits = logits.reshape(-1, vocab)
+        else:
+            logits = jnp.einsum(
+                "nd,dv->nv", h.reshape(-1, width), kernel.astype(h.dtype), preferred_element_type=jnp.float32
+            )
         x = warp(logits, sampling, seen)
         norm = jax.nn.logsumexp(x, axis=-1)
         picked = jnp.take_along_axis(x, target.reshape(-1, 1), axis=-1)[:, 0]

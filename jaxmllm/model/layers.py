@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxmllm.mesh import gathered
+
 RESIDUAL_GAIN = 0.2  # of layers that write to the residual stream: at first they must not drown the tokens' embeddings
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -34,7 +36,7 @@ class Linear(nn.Module):
         def product(rows, matrix):
             return jax.lax.dot_general(rows, matrix.astype(x.dtype), (((1,), (0,)), ((), ())))
 
-        out = product(flat, kernel)
+        out = product(flat, gathered(kernel, "/".join(("", *self.path, "kernel")), x.dtype))
         if self.has_variable("lora", "a"):
             low = product(flat, self.get_variable("lora", "a")) * self.get_variable("lora", "scale").astype(x.dtype)
             out = out + product(low, self.get_variable("lora", "b"))

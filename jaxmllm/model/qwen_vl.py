@@ -11,7 +11,7 @@ from einops import rearrange, repeat
 from jaxtyping import Array, Float, Int, Key
 
 from jaxmllm.config import ModelConfig
-from jaxmllm.mesh import CACHE, lay_out
+from jaxmllm.mesh import CACHE, gathered, lay_out
 from jaxmllm.model.text import Decoder
 from jaxmllm.model.vision import Tower
 from jaxmllm.types import Completions, KVCache, Prompts, Vision
@@ -48,7 +48,8 @@ def encode(params: Params, cfg: ModelConfig, vision: Vision) -> Float[Array, "B 
 
 
 def embed(params: Params, cfg: ModelConfig, tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
-    return params["embed"][tokens].astype(jnp.dtype(cfg.dtype))
+    dtype = jnp.dtype(cfg.dtype)
+    return gathered(params["embed"], "embed", dtype)[tokens].astype(dtype)
 
 
 def embed_prompts(
@@ -66,14 +67,16 @@ def embed_prompts(
     return jnp.where(index >= 0, placed, x)
 
 
-def head_kernel(params: Params) -> Float[Array, "D vocab"]:
+def head_kernel(params: Params, dtype: str) -> Float[Array, "D vocab"]:
     """The output projection: the transposed embedding when it is tied."""
-    return params["head"] if "head" in params else params["embed"].T
+    if "head" in params:
+        return gathered(params["head"], "head", dtype)
+    return gathered(params["embed"], "embed", dtype).T
 
 
 def logits(params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n vocab"]:
     """float32 logits. Holds [*n, vocab]: for losses use `jaxmllm.losses.logprobs`, which never does."""
-    kernel = head_kernel(params).astype(hidden.dtype)
+    kernel = head_kernel(params, hidden.dtype).astype(hidden.dtype)
     flat = hidden.reshape(-1, hidden.shape[-1])
     out = jnp.einsum("nd,dv->nv", flat, kernel, preferred_element_type=jnp.float32)
     return out.reshape(*hidden.shape[:-1], -1)

@@ -54,7 +54,7 @@ def score(
     if sampling.repetition_penalty != 1.0:
         seen = seen_tokens(prompts.tokens, prompts.lengths, cfg.text.vocab_size)
         seen = jnp.repeat(seen[:, None], completions.tokens.shape[1], axis=1)
-    return token_logprobs(hidden, qwen_vl.head_kernel(params), completions.tokens, sampling, seen=seen)
+    return token_logprobs(hidden, qwen_vl.head_kernel(params, cfg.dtype), completions.tokens, sampling, seen=seen)
 
 
 score_jit = jax.jit(score, static_argnames=("cfg", "sampling"))
