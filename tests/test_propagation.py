@@ -44,7 +44,7 @@ def reference(run, b_loc, edges, A, gate, root, ctx, valid, rows):
                     T += sum(rows[e][j] * valid[j] * b[j] * A[e][j][list(ctx[e]).index(i)] for j in range(n))
                 new[i] *= T ** gate[v]
         if links:
-            largest = max([1.0] + [new[i] for i in range(n) if valid[i]])
+            largest = max([1.0, *new])
             new = [new[i] / largest if valid[i] else EPS for i in range(n)]
         done[v] = new
         return new
@@ -52,16 +52,16 @@ def reference(run, b_loc, edges, A, gate, root, ctx, valid, rows):
     return np.array([visit(v) for v in range(len(b_loc))])
 
 
-def reference_masks(b_loc, edges, k, mode, real):
+def reference_masks(b_loc, edges, k, mode, valid):
     def top(b):
-        return sorted((i for i in range(len(b)) if real[i]), key=lambda i: -b[i])[:k]
+        return sorted(range(len(b)), key=lambda i: -b[i])[:k]
 
     ctx = [top(b_loc[c]) for _, c in edges]
     if mode == "grd":
-        return ctx, list(real), [list(real) for _ in edges]
+        return ctx, list(valid), [list(valid) for _ in edges]
     chosen = [top(b) for b in b_loc]
-    return (ctx, [any(i in t for t in chosen) for i in range(len(real))],
-            [[i in chosen[p] for i in range(len(real))] for p, _ in edges])
+    return (ctx, [any(i in t for t in chosen) for i in range(len(valid))],
+            [[i in chosen[p] for i in range(len(valid))] for p, _ in edges])
 
 
 def random_graph(rng, nodes, parents=1):
@@ -82,41 +82,49 @@ def graph_batch(trees=300, others=100, seed=7):
     rng = np.random.default_rng(seed)
     K, N, M, E, count = 3, 10, 7, 15, trees + others
     cases, arrays = [], dict(b_loc=np.full((count, M, N), EPS), A=np.full((count, E, N, K), np.nan),
-                             gate=np.full((count, M), np.nan), real=np.zeros((count, N), bool))
+                             gate=np.full((count, M), np.nan), real=np.zeros((count, N), bool),
+                             some=np.zeros((count, N), bool))
     for i in range(count):
         nodes, n = int(rng.integers(1, 7)), int(rng.integers(3, 10))
         edges, root = random_graph(rng, nodes, 1 if i < trees else 3)
         case = dict(edges=edges, root=root, b_loc=rng.uniform(0.02, 1, (nodes, n)),
-                    A=rng.uniform(0, 1, (len(edges), n, K)), gate=rng.uniform(0, 1, nodes))
+                    A=rng.uniform(0, 1, (len(edges), n, K)), gate=rng.uniform(0, 1, nodes), some=rng.random(n) < 0.7)
         cases.append(case)
         arrays["b_loc"][i, :nodes, :n], arrays["gate"][i, :nodes] = case["b_loc"], case["gate"]
         arrays["A"][i, :len(edges), :n] = case["A"]
-        arrays["real"][i, :n] = True
+        arrays["real"][i, :n], arrays["some"][i, :n] = True, case["some"]
     graphs = propagation.pad_graphs([(len(c["b_loc"]), c["edges"], c["root"]) for c in cases], M, E)
     return cases, arrays, graphs, K
 
 
 @partial(jax.jit, static_argnames=("k", "mode"))
-def both_runs(b_loc, A, gate, graphs, real, k, mode):
+def both_runs(b_loc, A, gate, graphs, real, valid, k, mode):
     ctx = propagation.contexts(b_loc, graphs, k, real)
-    valid, rows = propagation.candidate_masks(b_loc, graphs, k, mode, real)
+    valid, rows = propagation.candidate_masks(b_loc, graphs, k, mode, valid)
     args = (b_loc, A, ctx, graphs, gate, valid, rows)
     return propagation.bottom_up(*args), propagation.top_down(*args)
 
 
-@pytest.mark.parametrize("mode,precision", [("grd", 64), ("match", 64), ("match", 32)])
-def test_padded_batch_equals_unbatched_reference(mode, precision):
+@pytest.mark.parametrize("mode,valid,precision", [
+    ("grd", "real", 64), ("grd", "some", 64), ("match", "real", 64), ("match", "real", 32)])
+def test_padded_batch_equals_unbatched_reference(mode, valid, precision):
+    """`some`: real boxes that are not valid stay in the contexts, and in the top-down divisor, as released."""
     cases, a, graphs, k = graph_batch()
     with jax.enable_x64(precision == 64):
         args = [jnp.asarray(a[name], f"float{precision}") for name in ("b_loc", "A", "gate")]
-        up, down = map(np.asarray, both_runs(*args, graphs, jnp.asarray(a["real"]), k, mode))
+        up, down = map(np.asarray, both_runs(*args, graphs, *(jnp.asarray(a[m]) for m in ("real", valid)), k, mode))
     tolerance = dict(rtol=1e-9, atol=1e-15) if precision == 64 else dict(rtol=2e-4, atol=1e-9)
     for i, case in enumerate(cases):
         nodes, n = case["b_loc"].shape
-        ctx, valid, rows = reference_masks(case["b_loc"], case["edges"], k, mode, [True] * n)
+        given = [True] * n if valid == "real" else case["some"]
+        ctx, allowed, rows = reference_masks(case["b_loc"], case["edges"], k, mode, given)
         for run, got in (("up", up), ("down", down)):
-            want = reference(run, case["b_loc"], case["edges"], case["A"], case["gate"], case["root"], ctx, valid, rows)
+            want = reference(
+                run, case["b_loc"], case["edges"], case["A"], case["gate"], case["root"], ctx, allowed, rows)
             np.testing.assert_allclose(got[i, :nodes, :n], want, **tolerance)
+        leaves = sorted(set(range(nodes)) - {p for p, _ in case["edges"]})
+        for got, kept in ((up, leaves), (down, [case["root"]])):
+            np.testing.assert_allclose(got[i, kept, :n], case["b_loc"][kept], rtol=1e-6)
 
 
 def test_graphs_are_checked():
@@ -248,6 +256,25 @@ def test_readout_ties_empty_graphs_and_probabilities():
         propagation.readout(bp, td, chain, "both")
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_the_matching_logit_is_the_smallest_node_score(seed):
+    rng = np.random.default_rng(seed)
+    cases = [random_graph(rng, int(rng.integers(1, 6))) for _ in range(4)]
+    graphs = propagation.pad_graphs([(len(edges) + 1, edges, root) for edges, root in cases], 6, 6)
+    bp, td = rng.normal(size=(2, 4, 6)).astype(np.float32)
+    itm, d, edge = READOUT(jnp.asarray(bp), jnp.asarray(td), graphs)
+    for b, (edges, _) in enumerate(cases):
+        scores = [score[b, v] for score in (bp, td) for v in range(len(edges) + 1)]
+        assert all(float(itm[b]) <= v for v in scores) and float(itm[b]) in scores
+        want = [(bp[b, p] - bp[b, c]) + (td[b, c] - td[b, p]) for p, c in edges]
+        np.testing.assert_allclose(d[b, : len(edges)], want, rtol=1e-5, atol=1e-6)
+        assert int(edge[b]) == (int(np.argmin(want)) if want else 0)
+
+
+READOUT = jax.jit(propagation.readout)
+
+
 # ---- properties of the messages
 
 
@@ -274,7 +301,7 @@ def test_gradients_of_propagation_equal_finite_differences():
     weight = np.random.default_rng(1).normal(size=(2, *a["b_loc"][pick].shape))
 
     def loss(b_loc, A, gate):
-        up, down = both_runs(b_loc, A, gate, graphs, real, k, "match")
+        up, down = both_runs(b_loc, A, gate, graphs, real, real, k, "match")
         return (weight[0] * jnp.log(up) + weight[1] * jnp.log(down)).sum()
 
     with jax.enable_x64(True):

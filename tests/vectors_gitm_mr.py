@@ -1,4 +1,4 @@
-"""Names and fields of the gitm_mr vectors mapped to the library. One graph becomes a batch of one."""
+"""Names and fields of the gitm_mr vectors mapped to the library, in float64. One graph becomes a batch of one."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxmllm.tasks import relations
 
 
 def _array(values):
-    return jnp.asarray(values, jnp.float32)
+    return jnp.asarray(values, float)
 
 
 def _locations(i):
@@ -32,7 +32,7 @@ def _sub_score(i):
 
 def _unary_belief(i):
     s_app = _array(i["s_app"])
-    valid = jnp.asarray(i.get("valid", np.ones(s_app.shape[-1])), bool)
+    valid = jnp.asarray(np.ones(s_app.shape[-1]) if i.get("valid") is None else i["valid"], bool)
     return rcrn.unary_belief(s_app, _array(i["s_loc"]), _array(i["w_app"]), _array(i["w_loc"]), valid)
 
 
@@ -42,7 +42,7 @@ def _scored_belief(i):
 
 
 def _graph(i, nodes):
-    root = i["root"] if "root" in i else propagation.referent(nodes, i["edges"])
+    root = propagation.referent(nodes, i["edges"]) if i.get("root") is None else i["root"]
     return propagation.pad_graphs([(nodes, i["edges"], root)])
 
 
@@ -52,8 +52,9 @@ def _propagate(run):
     def evaluate(i):
         b_loc = _array(i["b_loc"])[None]
         graphs = _graph(i, b_loc.shape[1])
-        real = None if i.get("valid") is None else jnp.asarray(i["valid"], bool)[None]
-        k, mode = i.get("K", 5), i.get("mode", "grd")
+        k, mode = i.get("K", 5), i.get("mode") or "grd"
+        # Matching makes its own masks; only grounding takes one.
+        real = jnp.asarray(i["valid"], bool)[None] if mode == "grd" and i.get("valid") is not None else None
         ctx = propagation.contexts(b_loc, graphs, k)
         valid, rows = propagation.candidate_masks(b_loc, graphs, k, mode, real)
         A = _array(i["A"]).reshape(1, len(i["edges"]) or 1, b_loc.shape[2], -1) if i["edges"] else jnp.zeros(
@@ -78,16 +79,28 @@ def _readout(i):
 
 
 def _losses(i):
-    proposal, gt_box = _array(i["proposal"]), _array(i["gt_box"])
+    b_root, proposal, gt_box = _array(i["b_root"]), _array(i["proposal"]), _array(i["gt_box"])
+    valid = jnp.asarray(np.ones(b_root.shape) if i.get("valid") is None else i["valid"], bool)
     out = jax.jit(matching.matching_losses)(
-        _array(i["b_root"]), jnp.asarray(i["valid"], bool), jnp.asarray(i["gt_idx"]), i["scale"],
-        _array(i["match_logit"]), jnp.asarray(i["match"], bool), proposal, gt_box, _array(i["pred_delta"]),
-        i.get("weights"))
+        b_root, valid, jnp.asarray(i["gt_idx"]), i.get("scale", 1.0), _array(i["match_logit"]),
+        jnp.asarray(i["match"], bool), proposal, gt_box, _array(i["pred_delta"]), i.get("weights"))
     return out | {"target_delta": matching.encode_deltas(proposal, gt_box),
                   "iou": matching.inclusive_iou(proposal, gt_box)}
 
 
-FUNCTIONS = {
+def _each(function):
+    """A list of argument objects gives a list of results."""
+
+    def evaluate(inputs):
+        if isinstance(inputs, list):
+            return [evaluate(item) for item in inputs]
+        with jax.enable_x64(True):
+            return function(inputs)
+
+    return evaluate
+
+
+_BY_NAME = {
     "loc_feat+rel_loc": _locations,
     "loc_feat": lambda i: _locations(i)["loc"],
     "rel_loc": _rel_loc,
@@ -101,3 +114,4 @@ FUNCTIONS = {
     "losses": _losses,
     "metrics": lambda i: relations.cascade_metrics(**i),
 }
+FUNCTIONS = {name: _each(function) for name, function in _BY_NAME.items()}

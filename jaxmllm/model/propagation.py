@@ -154,9 +154,14 @@ def _gated(
     gate: Float[Array, "B M"],
     valid: Bool[Array, "B N"],
 ) -> Float[Array, "B M N"]:
-    """log Norm(b * message ** gate), EPS on boxes that are not valid. The divisor max(1, max b) carries no gradient."""
+    """log Norm(b * message ** gate), EPS on boxes that are not valid. The divisor max(1, max b) carries no gradient.
+
+    As released, the divisor is taken before boxes that are not valid are set to EPS. Of those only a context box of a
+    top-down run can exceed 1, by a message above 1; to look at the others would let in what stands at padding.
+    """
     log_b = log_b + gate[..., None] * log_message
-    largest = jnp.where(valid[:, None], log_b, -jnp.inf).max(-1, keepdims=True)
+    counted = valid[:, None] | (log_message > 0)
+    largest = jnp.where(counted, log_b, -jnp.inf).max(-1, keepdims=True)
     return jnp.where(valid[:, None], log_b - jax.lax.stop_gradient(jnp.maximum(largest, 0)), jnp.log(EPS))
 
 
@@ -167,8 +172,9 @@ def up_messages(
 
     `A` is 0 outside the rows of the edge.
     """
-    chosen = jnp.take_along_axis(jnp.where(valid[:, None], b_object, 0), ctx, -1)
-    return EPS + jnp.einsum("benk,bek->ben", A, chosen)
+    inside = jnp.take_along_axis(jnp.broadcast_to(valid[:, None], b_object.shape), ctx, -1)
+    chosen = jnp.where(inside, jnp.take_along_axis(b_object, ctx, -1), 0)
+    return EPS + jnp.einsum("benk,bek->ben", jnp.where(inside[:, :, None], A, 0), chosen)
 
 
 def down_messages(
@@ -176,7 +182,7 @@ def down_messages(
 ) -> Float[Array, "B E N"]:
     """T_e[ctx_k] = EPS + sum_i A_e[i, k] b_subject[i] valid[i], and EPS on boxes outside the context.
 
-    `A` is 0 outside the rows of the edge.
+    `A` is 0 outside the rows of the edge and at context boxes that are padding.
     """
     chosen = jnp.einsum("ben,benk->bek", jnp.where(valid[:, None], b_subject, 0), A)
     return EPS + jnp.einsum("bek,bekn->ben", chosen, jax.nn.one_hot(ctx, b_subject.shape[-1], dtype=chosen.dtype))
@@ -213,7 +219,8 @@ def top_down(
 ) -> Float[Array, "B M N"]:
     """Beliefs after the run subjects -> objects: b_c <- Norm(b_loc_c T_e ** gate_c); the root keeps `b_loc`.
 
-    A node with several parents multiplies their messages. See `bottom_up` for `clip`.
+    A node with several parents multiplies their messages. A context box that is not valid ends at EPS, but its message
+    enters the divisor, so `A` must be 0 at padding. See `bottom_up` for `clip`.
     """
     return _run(b_loc, down_messages, A, ctx, graphs, gate, valid, rows, (0, 1), None, clip)
 
@@ -221,10 +228,8 @@ def top_down(
 def _run(b_loc, message, A, ctx, graphs, gate, valid, rows, ends, wildcard, clip):
     """The shared loop: messages flow from edge end `ends[0]` to end `ends[1]`, one level of receiving nodes a step."""
     sender, receiver = graphs.edges[..., ends[0]], graphs.edges[..., ends[1]]
-    in_context = jnp.take_along_axis(jnp.broadcast_to(valid[:, None], rows.shape), ctx, -1)
     active = active_edges(graphs)
-    used = active[..., None, None] & rows[..., None] & in_context[:, :, None]
-    A = jnp.where(used, A, 0)  # also keeps NaN at padding out of the products
+    A = jnp.where(active[..., None, None] & rows[..., None], A, 0)  # also keeps NaN at padding out of the products
     arrives = (receiver[..., None] == jnp.arange(b_loc.shape[1])) & active[..., None]  # [B, E, M]
     receives = arrives.any(1)
     gate = jnp.where(receives, gate, 0)
