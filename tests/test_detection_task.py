@@ -55,6 +55,12 @@ def test_released_detection_without_targets():
     assert released(json.dumps([element(PERSON, "person")]), targets=([], [])) == near(0.25)
     assert released(json.dumps([element(PERSON, "person"), 5]), targets=([], [])) == near(0.125)
     assert released("[]", targets=([], [])) == 0
+    # Then the boxes are never looked at, except that they must form one array.
+    assert released(json.dumps([element([1, 2, 3], "dog"), element([4, 3, 2], "dog")]), targets=([], [])) == near(0.25)
+    assert released(json.dumps([element([9, 9, 1, 1], "toothbrush")]), targets=([], [])) == near(0.25)
+    for broken in ([1, 2, 3], None, "a", [1, 2, "3", 4]):
+        text = json.dumps([element(PERSON, "person"), element(broken, "dog")])
+        assert released(text, targets=([], [])) == 0
 
 
 def test_released_detection_switches():

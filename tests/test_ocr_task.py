@@ -43,6 +43,11 @@ def test_ocr_metrics():
     empty = ocr.page_metrics("", "a b")
     assert (empty["edit_distance"], empty["precision"], empty["f1"], empty["bleu"]) == (1, 0, 0, 0)
     assert ocr.page_metrics("", "")["edit_distance"] == 0
+    empty = ocr.page_metrics("", "a b", rules="released")
+    assert empty["precision"] is empty["f1"] is None and (empty["recall"], empty["edit_distance"]) == (0, 1)
+    blank = ocr.page_metrics("a b", " ", rules="released")
+    assert blank["recall"] is blank["f1"] is None and blank["precision"] == 0
+    assert ocr.page_metrics("a", "b", rules="released")["f1"] == 0
     chinese = ocr.page_metrics("我爱你", "我爱他")
     assert 0 < chinese["f1"] < 1 and chinese["edit_distance"] == near(1 / 3)
     both = ocr.metric(["a b", "x"], [{"text": "a b"}, {"text": "y"}])
@@ -57,6 +62,10 @@ def test_bleu_and_meteor_print_nltk_s_numbers():
     assert ocr.meteor(GUIDE, PARTY) == pytest.approx(0.6944444444444445)  # the example of NLTK's documentation
     assert ocr.bleu(GUIDE, PARTY) == pytest.approx(0.41180376356915777)
     assert ocr.bleu(FOX.split(), FOX.split()) == pytest.approx(1)
+    line = ["天", "\n", "安", " ", "门"]  # as a Chinese cutter gives them: other blanks are other words
+    assert ocr.bleu(line, line) == pytest.approx(1)
+    assert 0 < ocr.bleu(line, [*line[:3], "\n", "门", "\n", *line]) < 1
+    assert ocr.bleu(line, ["\u3000" if word == " " else word for word in line]) == 0  # no common 4-gram
     assert ocr.meteor(["a"], ["b"]) == ocr.meteor([], ["b"]) == ocr.bleu([], ["b"]) == 0
 
 

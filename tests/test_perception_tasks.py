@@ -127,7 +127,13 @@ def test_released_grounding_reward(text, target, expected):
     assert grounding.released_reward(text, target) == near(expected)
 
 
-@pytest.mark.parametrize("target", ["__import__('os')", "[1, 2, 3]", "[1, 2, 3, NaN]", [1, 2, 3], ""])
+@pytest.mark.parametrize("target", ["[100, 200, 300, 400]", "(100., 200, 3e2, +400.0)", " 100,200,300,400,\n"])
+def test_grounding_target_as_python_writes_it(target):
+    assert grounding.released_reward(DOG, target) == 1
+
+
+@pytest.mark.parametrize("target", [
+    "__import__('os')", "[1, 2, 3]", "[1, 2, 3, NaN]", [1, 2, 3], "", "[1, 2, 3, 4", "[1, 2, 3, 4)", "[1, 2, 3, 1e999]"])
 def test_bad_grounding_target_is_refused(target):
     with pytest.raises(ValueError, match="four numbers"):
         grounding.released_reward("x", target)

@@ -3,13 +3,20 @@
 from jaxmllm.eval import tracking
 from jaxmllm.tasks import trajectories
 
-FUNCTIONS = {
-    "encode_box": lambda i: trajectories.encode_box(**i),
-    "decode_box": lambda i: trajectories.decode_box(**i),
-    "parse_trajectories": lambda i: trajectories.parse_trajectories(**i),
-    "parse_boxes": lambda i: trajectories.parse_boxes(**i),
-    "tracking_ao": lambda i: trajectories.tracking_ao(**i),
-    "ope_metrics": lambda i: tracking.ope_metrics(**i),
-    "ade_fde": lambda i: trajectories.ade_fde(**i),
-    "trajectory_reward": lambda i: trajectories.trajectory_reward(**i),
+
+def _each(function):
+    """A list of argument objects gives a list of results."""
+    return lambda inputs: [function(**item) for item in inputs] if isinstance(inputs, list) else function(**inputs)
+
+
+_BY_NAME = {
+    "encode_box": trajectories.encode_box,
+    "decode_box": trajectories.decode_box,
+    "parse_trajectories": trajectories.parse_trajectories,
+    "parse_boxes": trajectories.parse_boxes,
+    "tracking_ao": trajectories.tracking_ao,
+    "ope_metrics": tracking.ope_metrics,
+    "ade_fde": trajectories.ade_fde,
+    "trajectory_reward": trajectories.trajectory_reward,
 }
+FUNCTIONS = {name: _each(function) for name, function in _BY_NAME.items()}

@@ -1,5 +1,7 @@
 """Maps the function and field names of the Perception-R1 sheet to the library (released rules); losses in float64."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 
@@ -13,6 +15,7 @@ WEIGHT_FIELDS = {  # names of the released switches -> fields of detection.Weigh
     "coverage_scale": "coverage",
     "is_size_weight": "size",
 }
+PENALTY_FIELDS = ("do_penailty", "do_penalty", "penalty")  # both values are reported whatever the switch says
 
 
 def each(function):
@@ -39,7 +42,11 @@ def counting_reward(completion, clicks=None, solution=None, **options):
 
 
 def detection_reward(completion, solution, matching="hungarian", **switches):
-    chosen = {WEIGHT_FIELDS[name.lower()]: value for name, value in switches.items()}
+    chosen = {
+        WEIGHT_FIELDS[name.lower()]: json.loads(value.lower()) if isinstance(value, str) else value
+        for name, value in switches.items()
+        if name.lower() not in PENALTY_FIELDS
+    }
     ids, boxes = solution["target_id"], solution["target_box"]
     return {
         f"penalty_{name}": detection.released_reward(
@@ -54,7 +61,7 @@ def ocr_reward(completion, solution):
 
 
 def ocr_metrics(completion, solution):
-    return ocr.page_metrics(completion, solution)
+    return ocr.page_metrics(completion, solution, rules="released")
 
 
 def group_advantages(rewards, num_generations):
@@ -63,8 +70,9 @@ def group_advantages(rewards, num_generations):
         return advantages.group_advantages(table, num_generations)[0].tolist()
 
 
-def policy_loss(logp, ref_logp, mask, advantages, beta):
+def policy_loss(logp, mask, advantages, ref_logp=None, beta=0.04):
     with jax.enable_x64(True):
+        ref_logp, beta = (logp, 0.0) if ref_logp is None else (ref_logp, beta)  # no reference, no distance to it
         lp, ref, m, adv = (jnp.asarray(x, float) for x in (logp, ref_logp, mask, advantages))
         options = policy.GRPOOptions(loss_type="grpo", beta=beta)
 

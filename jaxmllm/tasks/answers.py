@@ -111,6 +111,8 @@ _TWO_PAIRS = re.compile(
     re.ASCII,
 )
 _NUMBERS = re.compile(_NUMBER)
+_ITEMS = rf"\s*+{_NUMBER}\s*+(?:,\s*+{_NUMBER}\s*+)*+,?+\s*+"
+_LIST = re.compile(rf"\s*+(?:\[{_ITEMS}\]|\({_ITEMS}\)|{_ITEMS})\s*+", re.ASCII)
 _PAIR_CHARS = 256  # longest box content worth reading
 
 
@@ -126,6 +128,12 @@ def two_numbers(value: Any) -> list[float] | None:
     if not isinstance(value, list) or len(value) != 2:
         return None
     return _finite(value)
+
+
+def number_list(text: str) -> list[float] | None:
+    """The numbers of a written list or tuple, brackets optional, as Python writes them; None for anything else."""
+    match = _LIST.fullmatch(text)
+    return None if match is None else [float(number) for number in _NUMBERS.findall(match[0])]
 
 
 def _finite(values: list[Any]) -> list[float] | None:

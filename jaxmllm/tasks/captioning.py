@@ -446,4 +446,25 @@ def metric(
     return out
 
 
+def length_matched(
+    texts: Sequence[str],
+    others: Sequence[str],
+    records: Sequence[Mapping[str, Any]],
+    thinking: bool = False,
+    graph: Callable[[str], SceneGraph] = parse,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """`metric` of two systems, each pair of captions cut after as many words as the shorter one has.
+
+    Recall grows with length alone: what is left of a difference here was not bought with words (sheet reper.md 6).
+    """
+    cut: tuple[list[str], list[str]] = ([], [])
+    for pair in zip(texts, others, strict=True):
+        words = [list(re.finditer(r"\S+", answers.content(text, thinking) or "")) for text in pair]
+        least = min(map(len, words))
+        for kept, found in zip(cut, words, strict=True):
+            kept.append(found[0].string[: found[least - 1].end()] if least else "")
+    first, second = (metric(captions, records, graph=graph) for captions in cut)
+    return first, second
+
+
 PARSERS = {"parse": parse, "parse_judgement": parse_judgement, "parse_score": parse_score, "rationale": rationale}

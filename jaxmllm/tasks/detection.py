@@ -159,11 +159,11 @@ def released_reward(
     if parsed is None:
         return 0.0
     ids, raw_boxes, share = parsed
+    if not len(target_ids):
+        return FORMAT_WEIGHT * share if _rectangular(raw_boxes) else 0.0
     checked = [answers.four_numbers(box) for box in raw_boxes]
     if any(box is None for box in checked):
         return 0.0
-    if not len(target_ids):
-        return FORMAT_WEIGHT * share
     with np.errstate(all="ignore"):
         boxes, targets = np.array(checked, np.float32), np.array(target_boxes, np.float32).reshape(-1, 4)
     inverted = any((b[:, 2:] < b[:, :2]).any() or not np.isfinite(b).all() for b in (boxes, targets))
@@ -188,6 +188,14 @@ def released_reward(
     same = [ids[r] == target_ids[c] for r, c in zip(rows, columns, strict=True)]
     value = _total(share, n, m, same, location, (n - k) / n + (m - k) / m, weights)["reward"]
     return value + weights.coverage * _coverage(ids, target_ids)
+
+
+def _rectangular(raw_boxes: Sequence[Any]) -> bool:
+    """Whether the values form one array of numbers: without targets the published code asks no more of the boxes."""
+    try:
+        return np.asarray(raw_boxes).dtype.kind in "iufb"
+    except ValueError:
+        return False
 
 
 def _released_cost(

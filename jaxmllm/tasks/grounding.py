@@ -88,7 +88,7 @@ def released_reward(text: str, target: Sequence[float] | str, power: float = 2.0
 
 
 def _target(target: Sequence[float] | str) -> list[float]:
-    value = answers.load_json(target.strip().replace("(", "[").replace(")", "]")) if isinstance(target, str) else target
+    value = answers.number_list(target) if isinstance(target, str) else target
     box = answers.four_numbers(list(value)) if isinstance(value, Sequence) else None
     if box is None:
         raise ValueError(f"a grounding target must be four numbers [x1, y1, x2, y2], got {target!r}")

@@ -7,8 +7,8 @@ became one blank. Case, punctuation and order all count. The forms differ so:
 - Released: BLEU and METEOR were computed and thrown away, and without WordNet data every reward silently became 0. Here
   the reward needs neither, in both forms.
 
-The metrics compare the raw texts. Released: an empty prediction has no precision and stops the averaging. Here its
-precision, recall, F1, BLEU and METEOR are 0 in both forms.
+The metrics compare the raw texts. Released: without predicted words there is no precision and without words on the page
+no recall, hence no F1 (None), which stops the averaging. Corrected: these are 0.
 
 Chinese text is cut into words by `jieba` where that package is installed, as published. Without it each Chinese
 character is a word: the word-based figures then differ from published ones, the edit distance does not.
@@ -68,9 +68,13 @@ def bleu(prediction: Sequence[str], page: Sequence[str]) -> float:
     """BLEU-4 of one text without smoothing, 0..1: 0 if any n-gram order has no match."""
     if not prediction or not page:
         return 0.0
-    # sacrebleu cuts at blanks; a word that holds blanks (Chinese cutter) is kept whole by a private-use character
-    joined = [" ".join(re.sub(r"\s", "\ue000", word) for word in side) for side in (prediction, page)]
+    # sacrebleu cuts at blanks; a word that holds blanks (Chinese cutter) is kept whole by private-use characters
+    joined = [" ".join(re.sub(r"\s", _private, word) for word in side) for side in (prediction, page)]
     return BLEU(smooth_method="none", tokenize="none", force=True).corpus_score(joined[:1], [joined[1:]]).score / 100
+
+
+def _private(blank: re.Match) -> str:
+    return chr(0xE000 + ord(blank[0]) % 0x1000)
 
 
 def meteor(
@@ -135,8 +139,8 @@ def _word_net() -> tuple[Callable[[str], str], Callable[[str], set[str]]] | None
     return PorterStemmer().stem, synonyms
 
 
-def page_metrics(prediction: str, page: str) -> dict[str, float]:
-    """Figures of one page, each 0..1, on the raw texts.
+def page_metrics(prediction: str, page: str, rules: str = "corrected") -> dict[str, float | None]:
+    """Figures of one page, each 0..1, on the raw texts; None only by the released rules (see the module's text).
 
     `edit_distance`: characters / longer length, blanks not collapsed. `precision`, `recall`, `f1`: on sets of words.
     `bleu`: BLEU-4, unsmoothed. `meteor`: with stems and WordNet synonyms, only where NLTK and its WordNet data are
@@ -145,11 +149,13 @@ def page_metrics(prediction: str, page: str) -> dict[str, float]:
     predicted, true = words(prediction, page)
     common = len(set(predicted) & set(true))
     stages = _word_net()
+    undefined = None if answers.choose(rules, answers.RULES, "rules") == "released" else 0.0
+    f1 = 2 * common / (len(set(predicted)) + len(set(true))) if common else 0.0
     return {
         "edit_distance": float(Levenshtein.normalized_distance(prediction, page)),
-        "precision": common / len(set(predicted)) if predicted else 0.0,
-        "recall": common / len(set(true)) if true else 0.0,
-        "f1": 2 * common / (len(set(predicted)) + len(set(true))) if common else 0.0,
+        "precision": common / len(set(predicted)) if predicted else undefined,
+        "recall": common / len(set(true)) if true else undefined,
+        "f1": f1 if predicted and true else undefined,
         "bleu": bleu(predicted, true),
         **({"meteor": meteor(predicted, true, *stages)} if stages else {"meteor_exact": meteor(predicted, true)}),
     }
