@@ -43,7 +43,19 @@ REFERRING = CLIP | {"query": {"kind": "referring", "ids": [7], "cue": "the runni
 CHAT = CLIP | {"query": {"kind": "chat", "ids": [7], "question": "where is {subject} going", "future": "move right",
                          "choices": ["move left", "move right"], "correct": "B"}}
 
+SLOW = {t: [100 + 2 * t, 400, 200 + 2 * t, 600] for t in PATH}  # a gap of one frame: the target hardly moves
+CREEP = TRACKING | {"tracks": [CLIP["tracks"][0] | {"boxes": {str(t): b for t, b in SLOW.items()}}]}
+ABSENT = CLIP | {"query": {"kind": "tracking", "ids": [], "absent": "red bus"}}
+
 HACKS = [
+    Hack("foresight, small gap", partial(foresight.reward, record=CREEP),
+         path({t: [b[0] + 12, b[1] - 10, b[2] + 12, b[3] - 10] for t, b in SLOW.items()}),
+         {"empty answer": "", "copy of the query box": path(every(SLOW[1]))},
+         {"copy of the query box": "foresight.keep_prompt drops records whose static copy earns over 0.85"}),
+    Hack("foresight, absent subject", partial(foresight.reward, record=ABSENT),
+         "There is no red bus in the given frames.",
+         {"empty answer": "", "some trajectory": path(PATH), "denial and a trajectory": f"There is no red bus. {path(PATH)}",
+          "trajectory and a denial": f"{path(PATH)} There is no red bus in the given frames."}),
     Hack("foresight, tracking", partial(foresight.reward, record=TRACKING), path(moved(12, -10)), CHEAP),
     Hack("foresight, referring", partial(foresight.reward, record=REFERRING), path(moved(12, -10)), CHEAP),
     Hack("foresight, multiple choice", partial(foresight.reward, record=CHAT),

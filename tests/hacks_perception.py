@@ -84,7 +84,7 @@ STREET = {
 }
 
 
-def detection_hack(name, style="qwen2_5_vl", slack=(8, 8, 8), **options):
+def detection_hack(name, style="qwen2_5_vl", slack=(8, 8, 8), known=None, **options):
     boxes, labels = STREET["boxes"], STREET["labels"]
     put = partial(write, style)
     return Hack(
@@ -105,6 +105,7 @@ def detection_hack(name, style="qwen2_5_vl", slack=(8, 8, 8), **options):
             "surest object only": put(boxes[:1], labels[:1]),
             "surest object ten times": put(boxes[:1] * 10, labels[:1] * 10),
         },
+        known=known or {},
     )
 
 
@@ -137,6 +138,8 @@ def ocr_hack(rules):
 
 CENTRE_TRICK = {"right count, all at the centre": "reward(..., reach=300): a far-off pair is worth nothing"}
 LOOSE = (0, 45, 20)  # one box exact, the others just over the threshold
+LOOSER = (20, 45, 20)  # all of them just over it
+FEW_TRICK = {"surest object only": "Weights(penalty=True): every miss costs"}
 
 HACKS = [
     *(grounding_hack(f"corrected, {style}", style) for style in answers.STYLES),
@@ -149,5 +152,15 @@ HACKS = [
     detection_hack("corrected, two loose boxes", slack=LOOSE),
     detection_hack("corrected, two loose boxes, penalty", slack=LOOSE, weights=detection.Weights(penalty=True)),
     detection_hack("released", rules="released"),
+    *(
+        detection_hack(f"{rules}, all boxes loose", slack=LOOSER, rules=rules, known=FEW_TRICK)
+        for rules in answers.RULES
+    ),
+    *(
+        detection_hack(
+            f"{rules}, all boxes loose, penalty", slack=LOOSER, rules=rules, weights=detection.Weights(penalty=True)
+        )
+        for rules in answers.RULES
+    ),
     *(ocr_hack(rules) for rules in answers.RULES),
 ]

@@ -22,7 +22,29 @@ def twins(texts):
     return (right["reward"] + wrong["reward"]) / 2
 
 
+ONE = EXPRESSION | {"expression": "the red circle left of the small square", "entities": EXPRESSION["entities"][:2],
+                    "edges": [[0, 1]]}  # fmt: skip
+ONE_MATCH = ONE | {"relations": ["left of"], "match": True, "box": MATCH["box"], "foil_pos": -1}
+ONE_MISMATCH = ONE | {"relations": ["above"], "match": False, "foil_pos": 0}
+
+
+def one_relation_twins(texts):
+    first, _, second = texts.partition("##")
+    right, wrong = relations.reward(first, ONE_MATCH), relations.reward(second or first, ONE_MISMATCH)
+    return (right["reward"] + wrong["reward"]) / 2
+
+
 HACKS = [
+    Hack(
+        "relations, twins with one relation",
+        one_relation_twins,
+        honest='{"match": true, "bbox_2d": [48, 66, 126, 150]}##{"match": false, "relation": "R1"}',
+        cheap={
+            "always match, whole image": WHOLE,
+            "always match, right box": '{"match": true, "bbox_2d": [40, 60, 120, 140]}',
+            "always mismatch": '{"match": false, "relation": "R1"}',
+        },
+    ),
     Hack(
         "relations, twins",
         twins,

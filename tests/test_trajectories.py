@@ -184,8 +184,13 @@ def test_static_copy_is_the_first_box_repeated(tracks):
     gt = {t["id"]: t["frames"] for t in tracks}
     copied = [{**t, "frames": {k: t["frames"][1] for k in t["frames"]}} for t in tracks]
     assert trajectories.static_copy(gt) == {t["id"]: t["frames"] for t in copied}
-    ious = [float(box_iou(f[1], f[t])) for f in gt.values() for t in f if t != 1]
-    assert trajectory_reward(write_trajectories(copied), gt)["iou"] == pytest.approx(np.mean(ious))
+    later = [(f[1], f[t]) for f in gt.values() for t in f if t != 1]
+    iou = np.mean([float(box_iou(a, b)) for a, b in later])
+    disp = np.mean([
+        math.exp(-math.hypot(a[0] + a[2] - b[0] - b[2], a[1] + a[3] - b[1] - b[3]) / 2
+                 / math.sqrt((b[2] - b[0]) * (b[3] - b[1]))) for a, b in later])
+    assert trajectory_reward(write_trajectories(copied), gt) == pytest.approx(
+        {"format": 1, "iou": iou, "disp": disp, "reward": 0.1 + 0.6 * iou + 0.3 * disp})
 
 
 GT = {1: {1: [200, 300, 440, 620], 2: [220, 310, 470, 640]}, 2: {1: [0, 0, 100, 100], 2: [10, 0, 110, 100]}}
