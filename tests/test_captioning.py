@@ -234,3 +234,27 @@ def test_metric():
     assert "capture" not in rows and rows["words"] == 6
     assert rows["repeat_4"] == pytest.approx((1 / 5 + 0) / 2) and rows["distinct_4"] == pytest.approx(5 / 6)
     assert c.metric([], []) == {}
+
+
+SENTENCES = ("A red dog on a mat.", "A small cat\nis next to the dog.", "The mat is green.", "A lamp.", "")
+
+
+@relaxed
+@given(st.lists(st.sampled_from(SENTENCES), max_size=4), st.lists(st.sampled_from(SENTENCES), max_size=4))
+def test_words_added_at_the_end_win_nothing_at_equal_length(said, added):
+    record = {"caption": " ".join(SENTENCES[:3])}
+    short, long = " ".join(said), " ".join([*said, *added])
+    one, two = c.length_matched([long, "A dog."], [short, "A dog."], [record, record])
+    assert one == two
+    assert one["words"] == pytest.approx((len(short.split()) + 2) / 2)
+    assert one["recall"] == pytest.approx(c.metric([short, "A dog."], [record, record])["recall"])
+    assert c.length_matched([short], [long], [record])[1] == c.length_matched([long], [short], [record])[0]
+
+
+def test_length_matching_cuts_both_ways_and_reads_answers():
+    record = {"caption": "A red dog on a mat."}
+    first, second = (f"<think>a cat</think><answer>{text}</answer>" for text in ("A red dog.", "A dog on a mat."))
+    one, two = c.length_matched([first, first], [second, "A mat."], [record] * 2, thinking=True)
+    assert one["words"] == two["words"] == 3 / 2  # without tags the last is no answer at all
+    one, two = c.length_matched(["A red dog on a mat."], ["Mat."], [record])
+    assert one["words"] == two["words"] == 1 and one["capture"] == 0 < two["capture"]

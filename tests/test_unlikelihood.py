@@ -295,6 +295,35 @@ def test_bfloat16_logits_are_reduced_in_float32():
     assert float(value) == pytest.approx(precise, rel=2e-2)
 
 
+def test_answer_levels_ignore_reduction_and_exemptions():
+    example = f32(batch(6)) | {"turn_id": jnp.asarray(TURNS)}
+
+    @jax.jit
+    def losses(logits, targets, turn_id, sigma):
+        logps, _ = ul.target_logps(logits, targets, turn_id > 0)
+        options = [{"reduction": reduction, "ul_mask": mask} for reduction in REDUCTIONS for mask in (None, turn_id % 2)]
+        return {
+            level: [ul.reflective_unlikelihood(logps, turn_id, sigma, level=level, **given) for given in options]
+            for level in ("seq", "seq_geo")
+        }
+
+    for level, values in losses(**example).items():
+        assert len(set(map(float, values))) == 1
+        want, _ = run(batch(6) | {"turn_id": TURNS}, level, "sum")
+        assert float(values[0]) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("level,reduction", [("token", "turn_mean"), ("seq_geo", "sum")])
+def test_logit_gradient_takes_the_arguments_of_the_loss(level, reduction):
+    example = batch(7) | {"turn_id": TURNS}
+    with jax.enable_x64(True):
+        logits, *rest = (jnp.asarray(example[name]) for name in ("logits", "targets", "turn_id", "sigma"))
+        mask = jnp.asarray(example["ul_mask"])
+        gradient = jax.jit(functools.partial(ul.reper_logit_grad, reduction=reduction, level=level))
+        got = gradient(logits, *rest, ul_mask=mask, alpha=4.0, eps=0.2)
+    np.testing.assert_allclose(got, run(example, level, reduction, 4.0, 0.2)[1], atol=1e-12)
+
+
 def test_whole_caption_unlikelihood_is_inert():
     """Gap G1: 100 tokens at p = .9 leave 1.3e-4 nats of unlikelihood at level `seq` against 5.3 of likelihood."""
 
