@@ -14,16 +14,14 @@ config = TrainConfig(
     trainable=r"(?!vision/).*",
     unroll=True,
     batch_size=16,
-    max_steps=1500,
+    max_steps=2000,
     data=DataConfig(
         train=(f"{SCENES}&questions=6&length=10000000",),
         eval=(f"{SCENES}&split=val",),
         questions_per_image=6,
         first_corner_weight=3.0,
     ),
-    optim=OptimConfig(
-        learning_rate=2e-3, lr_scheduler_type="constant", warmup_steps=50, weight_decay=0.01, adam_beta2=0.98
-    ),
+    optim=OptimConfig(learning_rate=1e-3, warmup_steps=50, weight_decay=0.01, adam_beta2=0.98),
     logging_steps=20,
     eval_steps=500,
     save_steps=250,

@@ -15,7 +15,7 @@ config = TrainConfig(
     trainable=r"vision/.*|embed|warmup/.*",
     unroll=True,
     batch_size=16,
-    max_steps=4000,
+    max_steps=3000,
     data=DataConfig(train=(SCENES,)),
     optim=OptimConfig(learning_rate=2.5e-3, warmup_steps=100, weight_decay=0.01, adam_beta2=0.98),
     logging_steps=20,
