@@ -1,7 +1,7 @@
 """Hugging Face safetensors in and out, through one invertible table of names.
 
-Tensors are read one at a time straight into the shards of the target array, so the host holds the target plus one tensor;
-nothing is memory-mapped. Everything that does not match is collected and reported at once.
+Tensors are read piece by piece straight into the shards of the target array, so the host holds little more than the
+target; nothing is memory-mapped. Everything that does not match is collected and reported at once.
 """
 
 import dataclasses
@@ -44,6 +44,8 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # config, tokenizer and processor files copied on export
 MAX_LISTED = 40
 STRIP = 256  # columns copied together
+PIECE = 1 << 24  # bytes of a matrix read together
+ALIGNMENT = 64  # bytes: where the CPU backend wants an array to begin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +57,32 @@ class Entry:
     shape: tuple[int, ...]  # Hugging Face's shape
     own_shape: tuple[int, ...]  # ours, without the stacked axis
 
+    @property
+    def is_turned(self) -> bool:
+        """Kernels are [out, in...] there and [in, out...] here. The embedding stays, vectors are only reshaped."""
+        return self.path[-1] in ("kernel", "head")
+
+    @property
+    def is_matrix(self) -> bool:
+        """The leading axis there is one axis here."""
+        return len(self.own_shape) == 2 and self.shape[0] == self.own_shape[self.leading]
+
+    @property
+    def leading(self) -> int:
+        """Which of our axes it is."""
+        return len(self.own_shape) - 1 if self.is_turned else 0
+
     def to_own(self, tensor: np.ndarray) -> np.ndarray:
-        """Kernels are [out, in...] there and [in, out...] here; vectors are only reshaped. The embedding stays."""
-        if self.path[-1] in ("kernel", "head"):
-            tensor = tensor.reshape(tensor.shape[0], -1).T
-        return tensor.reshape(self.own_shape)
+        """Our view of a tensor, or of some rows of a matrix."""
+        shape = list(self.own_shape)
+        if self.is_matrix:
+            shape[self.leading] = len(tensor)
+        if self.is_turned:
+            tensor = tensor.reshape(len(tensor), -1).T
+        return tensor.reshape(shape)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        if self.path[-1] in ("kernel", "head"):
+        if self.is_turned:
             turned = array.reshape(array.shape[0], -1).T
             array = np.empty(turned.shape, turned.dtype)
             _copy(array, turned)
@@ -118,10 +138,12 @@ class Stored:
     start: int
     end: int
 
-    def read(self) -> np.ndarray:
-        dtype = jnp.dtype(DTYPES[self.dtype])
-        count = math.prod(self.shape)
-        return np.fromfile(self.file, dtype, count, offset=self.start).reshape(self.shape)
+    def read(self, first: int = 0, rows: int | None = None) -> np.ndarray:
+        """All of it, or `rows` entries of its leading axis."""
+        dtype, row = jnp.dtype(DTYPES[self.dtype]), math.prod(self.shape[1:])
+        count = math.prod(self.shape) if rows is None else rows * row
+        found = np.fromfile(self.file, dtype, count, offset=self.start + first * row * dtype.itemsize)
+        return found.reshape(self.shape if rows is None else (rows, *self.shape[1:]))
 
 
 def _read_header(file: Path) -> dict[str, Stored]:
@@ -239,20 +261,44 @@ def _common(stored: list[str]) -> jnp.dtype:
     return functools.reduce(jnp.promote_types, {jnp.dtype(DTYPES[name]) for name in stored})
 
 
+def _pieces(entry: Entry, stored: Stored) -> Iterator[tuple[int, np.ndarray]]:
+    """Parts of our view of a tensor along `entry.leading`, with where each begins: a vocabulary never lies here twice."""
+    total = stored.shape[0]
+    step = max(1, PIECE * total // max(1, stored.end - stored.start)) if entry.is_matrix else total
+    for first in range(0, total, step):
+        yield first, entry.to_own(stored.read(first, min(step, total - first)))
+
+
+def _aligned(shape: list[int], dtype: jnp.dtype) -> np.ndarray:
+    """Empty memory that the CPU backend takes over instead of copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 def _load_leaf(shape, dtype, sharding, tensors: list[tuple[Entry, Stored]]) -> jax.Array:
     """Fills one buffer per distinct local shard while reading each tensor once."""
-    places = {}
+    places: dict[tuple, list] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         places.setdefault(bounds, []).append(device)
-    buffers = {bounds: np.empty([hi - lo for lo, hi in bounds], dtype) for bounds in places}
+    buffers = {bounds: _aligned([hi - lo for lo, hi in bounds], dtype) for bounds in places}
     for entry, stored in tensors:
-        tensor = entry.to_own(stored.read())
-        for bounds, buffer in buffers.items():
-            if entry.layer is None:
-                _copy(buffer, tensor[tuple(slice(*b) for b in bounds)])
-            elif bounds[0][0] <= entry.layer < bounds[0][1]:
-                _copy(buffer[entry.layer - bounds[0][0]], tensor[tuple(slice(*b) for b in bounds[1:])])
+        for first, piece in _pieces(entry, stored):
+            for bounds, buffer in buffers.items():
+                if entry.layer is not None:
+                    (low, high), *bounds = bounds
+                    if not low <= entry.layer < high:
+                        continue
+                    buffer = buffer[entry.layer - low]
+                source, target = [slice(*b) for b in bounds], [slice(None)] * len(bounds)
+                low, high = bounds[entry.leading]
+                start, stop = max(low, first), min(high, first + piece.shape[entry.leading])
+                if start < stop:
+                    source[entry.leading] = slice(start - first, stop - first)
+                    target[entry.leading] = slice(start - low, stop - low)
+                    _copy(buffer[tuple(target)], piece[tuple(source)])
     shards = []
     for bounds in list(buffers):
         buffer = buffers.pop(bounds)
@@ -294,7 +340,9 @@ def save_params(
         members.setdefault(entry.path, []).append((name, entry))
     differing = members.keys() ^ {path for path, _ in _leaves(params)}
     if differing:
-        raise InputError(f"export: parameters differ from the architecture's: {', '.join(map('/'.join, sorted(differing)))}")
+        raise InputError(
+            f"export: parameters differ from the architecture's: {', '.join(map('/'.join, sorted(differing)))}"
+        )
     writer = jax.process_index() == 0
     folder.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)) if writer else None
