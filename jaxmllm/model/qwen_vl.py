@@ -5,6 +5,8 @@ optionally "lora"}. `forward`, `prefill` and `decode` run the same blocks on the
 sampler reports and what the trainer scores agree to rounding.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
@@ -67,7 +69,7 @@ def embed_prompts(
     return jnp.where(index >= 0, placed, x)
 
 
-def head_kernel(params: Params, dtype: str) -> Float[Array, "D vocab"]:
+def head_kernel(params: Params, dtype: Any) -> Float[Array, "D vocab"]:
     """The output projection: the transposed embedding when it is tied."""
     if "head" in params:
         return gathered(params["head"], "head", dtype)
