@@ -301,24 +301,6 @@ def train(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _together(arguments: Sequence[str]) -> int:
-    """`train`; in a run of several processes one that fails leaves at once, so that the others stop as well."""
-    try:
-        return train(arguments)
-    except BaseException as error:
-        from jaxmllm import distributed
-
-        if distributed.is_loss(error):
-            print(f"error: another process was lost; start again, from the last checkpoint ({error})", file=sys.stderr)
-            distributed.leave(distributed.EXIT_LOST)
-        if isinstance(error, InputError):
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            logging.getLogger(__name__).error("%s: %s", type(error).__name__, error)
-        distributed.leave(EXIT_INPUT if isinstance(error, InputError) else 1)
-        raise
-
-
 COMMANDS = {"sample": sample, "score": score, "convert": convert, "eval": evaluate, "report": report, "data": data}
 
 
@@ -333,7 +315,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         if arguments and arguments[0] == "train":
-            return _together(arguments[1:])
+            from jaxmllm import distributed
+
+            with distributed.leaving_together():
+                return train(arguments[1:])
         if arguments and arguments[0] == "plan":
             from jaxmllm.plan.command import plan
 

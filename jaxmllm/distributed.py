@@ -193,12 +193,44 @@ def told_to_stop(step: int) -> bool:
     return jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step)
 
 
+LOSS = (
+    "gloo",
+    "nccl",
+    "connection",
+    "socket",
+    "unavailable",
+    "deadline",
+    "aborted",
+    "heartbeat",
+    "disconnect",
+)  # in messages
+
+
 def is_loss(error: BaseException) -> bool:
-    """Whether an error is what a collective raises when another process is gone."""
-    if not jax.distributed.is_initialized() or not isinstance(error, jax.errors.JaxRuntimeError | RuntimeError):
+    """Whether an error is what a collective or the coordinator raises when another process is gone."""
+    if not jax.distributed.is_initialized() or not isinstance(error, jax.errors.JaxRuntimeError):
         return False
-    words = ("gloo", "connection closed", "connection reset", "connection refused", "nccl", "unavailable", "deadline", "aborted")
-    return any(word in str(error).lower() for word in words)
+    return any(word in str(error).lower() for word in LOSS)
+
+
+@contextlib.contextmanager
+def leaving_together() -> Iterator[None]:
+    """In a run of several processes, an error in the block ends this one at once, so that the others stop as well."""
+    try:
+        yield
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if is_loss(error):
+            text = " ".join(str(error).split())[:300]
+            print(
+                f"error: another process was lost; start all again, they go on from the last checkpoint ({text})",
+                file=sys.stderr,
+            )
+            leave(EXIT_LOST)
+        mistake = isinstance(error, InputError)
+        print(f"error: {error}" if mistake else f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        leave(2 if mistake else 1)
 
 
 def leave(status: int) -> None:

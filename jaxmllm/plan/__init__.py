@@ -236,7 +236,9 @@ def _advice(
         remedies = []
         kept = memory["parameters"] + memory["optimiser"] + memory["reference"]
         if kept > capacity / 2:
-            remedies.append(f"parameters and optimiser alone are {kept / GIB:.1f} GiB a chip: more chips (fsdp), or --lora")
+            remedies.append(
+                f"parameters and optimiser alone are {kept / GIB:.1f} GiB a chip: more chips (fsdp), or --lora"
+            )
             if config.optim.moment_dtype == "float32":
                 remedies.append("--optim.moment_dtype bfloat16")
         if phase.name in ("update", "score"):
@@ -244,7 +246,9 @@ def _advice(
                 remedies.append("--remat full")
             share = config.batch_size // config.optim.gradient_accumulation_steps // (train.replica * train.fsdp)
             if share > 1 and phase.name == "update":
-                remedies.append(f"a smaller microbatch ({share} prompts a device now): --optim.gradient_accumulation_steps")
+                remedies.append(
+                    f"a smaller microbatch ({share} prompts a device now): --optim.gradient_accumulation_steps"
+                )
             remedies.append("a mesh with a larger tensor axis")
         else:
             copy = memory.get("sampler's copy", 0.0)

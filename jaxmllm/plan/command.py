@@ -39,7 +39,9 @@ def plan(arguments: Sequence[str]) -> int:
     if not rest or "--mesh" not in given:
         print(plan.__doc__)
         return 0 if asked["--help"] or asked["-h"] else EXIT_INPUT
-    config = tyro.cli(TrainConfig, default=load_config(rest[0]), args=rest[1:], prog=f"jaxmllm plan {rest[0]}").validate()
+    config = tyro.cli(
+        TrainConfig, default=load_config(rest[0]), args=rest[1:], prog=f"jaxmllm plan {rest[0]}"
+    ).validate()
     target, log = load_mesh(given["--mesh"]), Console(stderr=True, highlight=False)
     sizes: dict[str, Any] = {"mesh_name": given["--mesh"]}
     for name in ("vision_tokens", "prompt_tokens"):
@@ -68,7 +70,9 @@ def _fastest(
     for one in search(config, target, **sizes):
         update = one.phase("update")
         verdict = f"{update.seconds:.2f} s" if one.fits else "does not fit"
-        log.print(f"microbatch {one.microbatch}, remat {one.remat}, fsdp {one.train.fsdp}, tensor {one.train.tensor}: {verdict}")
+        log.print(
+            f"microbatch {one.microbatch}, remat {one.remat}, fsdp {one.train.fsdp}, tensor {one.train.tensor}: {verdict}"
+        )
         if one.fits and (best is None or update.seconds < best.phase("update").seconds):
             best = one
     if best is None:

@@ -313,7 +313,9 @@ class Programs:
         forward = self._forward(prompts, completions)
         return Phase(
             "update",
-            lambda: sft_step.lower(self.state, prompts, completions, update=self.update, loss_norm=self.config.loss_norm),
+            lambda: sft_step.lower(
+                self.state, prompts, completions, update=self.update, loss_norm=self.config.loss_norm
+            ),
             self._count(step, self.state, prompts, completions),
             self._needed(forward),
         )

@@ -57,7 +57,7 @@ def needs_copy(params: Any, mesh: Mesh, dtype: str) -> bool:
     return not all(jax.tree.leaves(same))
 
 
-def _lies(x: jax.Array, sharding: NamedSharding) -> bool:
+def _lies(x: Any, sharding: NamedSharding) -> bool:
     """Whether an array is laid out so; under another mesh it is not, even where that places it alike."""
     own = x.sharding
     return isinstance(own, NamedSharding) and own.mesh == sharding.mesh and own.is_equivalent_to(sharding, x.ndim)
@@ -71,7 +71,7 @@ def _mover(sharding: NamedSharding) -> Callable[[Any], Any]:
 def move_rows(tree: Any, mesh: Mesh) -> Any:
     """Arrays with a leading batch axis, and scalars, as `mesh` lays them out."""
 
-    def move(x: jax.Array) -> jax.Array:
+    def move(x: Any) -> Any:
         sharding = NamedSharding(mesh, BATCH if x.ndim else P())
         return x if _lies(x, sharding) else _mover(sharding)(x)
 
