@@ -98,11 +98,31 @@ def test_scoring_moves_no_rows(batch):
         assert collectives(function.lower(replicated(mesh), CFG, prompts, completions, sampling)) == []
 
 
+def moved(found) -> set[str]:
+    """Kinds of collectives on floats. The embedding's gradient is cut by width instead of summed: an all-to-all of its rows."""
+    return {kind for shape, kind in found if not re.match(r"[su]\d+\[", shape)} - {"all-to-all"}
+
+
 def test_its_gradient_only_sums(batch):
     mesh = make_mesh(fsdp=8)
     prompts, completions = (shard_batch(part, mesh) for part in batch)
-    kinds = {kind for _, kind in collectives(GRADIENT.lower(replicated(mesh), prompts, completions))}
-    assert kinds == {"all-reduce"}  # of the parameters' gradients
+    assert moved(collectives(GRADIENT.lower(replicated(mesh), prompts, completions))) == {"all-reduce"}
+
+
+def test_parameters_are_gathered_and_nothing_else(batch):
+    """Split over `fsdp`: each matrix is gathered where it is used, at most once in each pass; activations stay."""
+    mesh = make_mesh(fsdp=8)
+    params, prompts, completions = placed(mesh, batch)
+    found = collectives(GRADIENT.lower(params, prompts, completions))
+    assert moved(found) == {"all-gather", "all-reduce"}
+    gathered = [shape for shape, kind in found if kind == "all-gather" and shape.startswith("f32")]
+    sizes = {int(np.prod(leaf.shape[1:] if "/layers/" in path or "/blocks/" in path else leaf.shape)): path
+             for path, leaf in zip(*map(jax.tree.leaves, (tree_paths(PARAMS), PARAMS)), strict=True)}  # fmt: skip
+    for shape in gathered:
+        assert np.prod([int(n) for n in re.search(r"\[([\d,]*)\]", shape)[1].split(",")]) in sizes, shape
+    matrices = sum(leaf.ndim > 1 and not path.endswith(("scale", "bias"))
+                   for path, leaf in zip(*map(jax.tree.leaves, (tree_paths(PARAMS), PARAMS)), strict=True))  # fmt: skip
+    assert len(gathered) <= 2 * matrices  # the loop over layers holds one for all of them, in each pass
 
 
 @pytest.mark.parametrize(
