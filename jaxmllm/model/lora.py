@@ -201,5 +201,7 @@ def load(params: dict, folder: str | Path) -> dict:
     problems += [f"fits no layer {name}" for name in tensors]
     if problems:
         more = f"\n  ... and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        raise InputError(f"{folder}: the adapter does not fit the model:\n  " + "\n  ".join(problems[:MAX_LISTED]) + more)
+        raise InputError(
+            f"{folder}: the adapter does not fit the model:\n  " + "\n  ".join(problems[:MAX_LISTED]) + more
+        )
     return base | {"lora": lora}

@@ -131,7 +131,7 @@ def node_logit(
     if b.shape[-1] < top:
         real = jnp.ones(b.shape[-1], bool) if real is None else real
         missing = [(0, 0)] * (b.ndim - 1) + [(0, top - b.shape[-1])]
-        b, real = jnp.pad(b, missing), jnp.pad(real, missing[-real.ndim:])
+        b, real = jnp.pad(b, missing), jnp.pad(real, missing[-real.ndim :])
     if real is None:
         best = jax.lax.top_k(b, top)[0]
     else:
@@ -194,8 +194,12 @@ def init(key: Key[Array, ""], cfg: RCRNConfig) -> Params:
         return {"scale": jnp.ones(n), "bias": jnp.zeros(n)}
 
     def mlp(n_in):
-        return {"in": linear(n_in, cfg.joint), "norm_in": norm(cfg.joint),
-                "out": linear(cfg.joint, cfg.joint), "norm_out": norm(cfg.joint)}
+        return {
+            "in": linear(n_in, cfg.joint),
+            "norm_in": norm(cfg.joint),
+            "out": linear(cfg.joint, cfg.joint),
+            "norm_out": norm(cfg.joint),
+        }
 
     def pair(n_v):
         return {"v": mlp(n_v), "l": mlp(cfg.width)}
@@ -220,13 +224,22 @@ def init(key: Key[Array, ""], cfg: RCRNConfig) -> Params:
         "attention": {name: linear(cfg.joint, 1) for name in ("app", "loc", "rel")},
         "app": pair(cfg.width) | {"scale": scale(cfg.width), "difference": difference()},
         "loc": pair(cfg.joint) | {"scale": scale(5), "box": linear(5, cfg.joint), "difference": difference()},
-        "rel": pair(cfg.joint) | {
-            "subject": linear(cfg.width, cfg.width), "object": linear(cfg.width, cfg.width), "scale": scale(cfg.width),
-            "location": linear(5, cfg.pair_location), "location_scale": scale(cfg.pair_location),
-            "joint": linear(cfg.width + cfg.pair_location, cfg.joint)},
+        "rel": pair(cfg.joint)
+        | {
+            "subject": linear(cfg.width, cfg.width),
+            "object": linear(cfg.width, cfg.width),
+            "scale": scale(cfg.width),
+            "location": linear(5, cfg.pair_location),
+            "location_scale": scale(cfg.pair_location),
+            "joint": linear(cfg.width + cfg.pair_location, cfg.joint),
+        },
         "gates": {name: linear(cfg.joint + 2 * cfg.context, 4) for name in ("grounding", "matching")},
-        "node": {"in": linear(cfg.context, cfg.node_hidden), "norm": norm(cfg.node_hidden),
-                 "out": linear(cfg.node_hidden, 1), "pad": jnp.zeros(())},
+        "node": {
+            "in": linear(cfg.context, cfg.node_hidden),
+            "norm": norm(cfg.node_hidden),
+            "out": linear(cfg.node_hidden, 1),
+            "pad": jnp.zeros(()),
+        },
         "box": pair(cfg.width) | {"scale": scale(cfg.width), "out": linear(2 * cfg.joint + 5, 4)},
         "temperature": jnp.asarray(cfg.temperature),
     }
@@ -325,7 +338,8 @@ def _relation_scores(
 
     def of_context(x):  # [B, N, W] -> [B, E, 1, K, W]
         return jnp.take_along_axis(x[:, None], ctx.reshape(*ctx.shape[:1], 1, -1, 1), 2).reshape(
-            ctx.shape[0], ctx.shape[1], 1, ctx.shape[2], -1)
+            ctx.shape[0], ctx.shape[1], 1, ctx.shape[2], -1
+        )
 
     # A linear layer on [subject; object] is the sum of two linear layers: no N x K x 2D array is built before it.
     u = _linear(p["subject"], regions)[:, None, :, None] + of_context(_linear(p["object"], regions))
@@ -406,16 +420,32 @@ def apply(
 
     def node_score(b):
         p = params["node"]
-        return node_logit(b, cfg.context, p["in"]["w"], p["in"]["b"], p["out"]["w"][:, 0], p["out"]["b"][0],
-                          real[:, None], p["pad"], lambda h: _layer_norm(p["norm"], h))
+        return node_logit(
+            b,
+            cfg.context,
+            p["in"]["w"],
+            p["in"]["b"],
+            p["out"]["w"][:, 0],
+            p["out"]["b"][0],
+            real[:, None],
+            p["pad"],
+            lambda h: _layer_norm(p["norm"], h),
+        )
 
     score_bp, score_td = node_score(b_bp), node_score(b_td)
     match_logit, d, edge = propagation.readout(score_bp, score_td, graphs, cfg.mrr_on)
-    out = {"b_root": b_root, "match_logit": match_logit, "score_bp": score_bp, "score_td": score_td, "d": d,
-           "mrr_edge": edge}
+    out = {
+        "b_root": b_root,
+        "match_logit": match_logit,
+        "score_bp": score_bp,
+        "score_td": score_td,
+        "d": d,
+        "mrr_edge": edge,
+    }
     if readout == "counterfactual":
         out["score_without"], out["mrr_edge"] = propagation.counterfactual_readout(
-            *run, gate_match[..., 2], valid, rows, node_score)
+            *run, gate_match[..., 2], valid, rows, node_score
+        )
     return out | _refine(params["box"], regions, boxes, g, entity["app"], graphs.node_mask, b_root, real, drop)
 
 
