@@ -36,8 +36,9 @@ def one_device(tmp_path_factory):
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     before = {name: getattr(jax.config, name) for name in options}
+    first = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_, first=jax.devices()[:1]: first)
+        patch.setattr(jax, "devices", lambda *_: first)
         for name, value in options.items():
             jax.config.update(name, value)
         yield

@@ -1,4 +1,6 @@
-"""What is read from compiled programs: against hand counts, XLA's own analysis of programs without loops, and real collectives."""
+"""What is read from compiled programs: against hand counts, XLA's analysis of programs without loops, real collectives."""
+
+# ruff: noqa: E501 (programs as the compiler prints them)
 
 import dataclasses
 import json
