@@ -365,7 +365,7 @@ def test_bad_files_give_one_clear_error(name, data, message, tmp_path):
         (None, "expected a path"),
         (7, "expected a path"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_bad_sources_give_one_clear_error(source, message):
     with pytest.raises(InputError, match=message):
