@@ -17,7 +17,7 @@ config = TrainConfig(
     trainable=r"(?!vision/).*",  # the tower is frozen: its output is computed once a rollout
     unroll=True,
     batch_size=16,
-    max_steps=240,
+    max_steps=150,
     data=DataConfig(
         train=(f"world:grounding?{SCENES}&length=1000000", f"world:counting?{SCENES}&length=1000000"),
         weights=(3.0, 1.0),
@@ -26,5 +26,5 @@ config = TrainConfig(
     optim=OptimConfig(learning_rate=1e-4, lr_scheduler_type="constant", adam_beta2=0.98),
     grpo=GRPOOptions(num_generations=8, max_completion_length=64, epsilon_high=0.28),
     completions_steps=40,
-    save_steps=60,
+    save_steps=50,
 )
