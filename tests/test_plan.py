@@ -19,7 +19,7 @@ from jaxmllm.losses.logprobs import Sampling
 from jaxmllm.mesh import make_mesh
 from jaxmllm.meshes import CPU, H100, V5E, MeshTarget, load_mesh, same_devices
 from jaxmllm.model import hf
-from jaxmllm.plan import GIB, architecture, hlo, plan, report
+from jaxmllm.plan import advise, architecture, hlo, plan, report
 from jaxmllm.plan.flops import count
 from jaxmllm.plan.hlo import Message
 from jaxmllm.plan.programs import Programs, Sizes
@@ -283,13 +283,11 @@ def test_plan(whole):
 
 
 def test_sampling_gathers_no_parameters(whole):
-    """In the decode loop; the update gathers a layer's parameters for the forward pass and again for the backward one."""
-    cfg = tiny.config()
-    assert "all-gather" not in whole.phase("decode").collectives or whole.phase("decode").collectives[
-        "all-gather"
-    ] < 16 * 4 * min(x.size for x in jax.tree.leaves(hf.abstract_params(cfg)["text"]) if x.ndim == 3)
+    """A decode step gathers its logits, for the draw; the update gathers parameters for the forward and the backward pass."""
+    logits = 8 // 4 * 4 * tiny.VOCAB * 4
+    assert whole.phase("decode").collectives["all-gather"] < 15 * logits * 1.1
     split_by_tensor = 4 * whole.parameters / 2
-    assert whole.phase("update").collectives["all-gather"] < 3.5 * split_by_tensor
+    assert split_by_tensor < whole.phase("update").collectives["all-gather"] < 3.5 * split_by_tensor
 
 
 def test_what_is_printed(whole, capsys):
@@ -304,12 +302,17 @@ def test_what_is_printed(whole, capsys):
     assert report.markdown([whole]).splitlines()[2].startswith("| tiny | here | 8 | yes |")
 
 
-def test_what_does_not_fit():
-    found = plan(small(optim=OptimConfig()), machine(0.001), cfg=tiny.config(), only=("update",), **SIZES)
-    assert not found.fits
-    (line,) = found.advice
-    assert line.startswith("update needs ") and "--optim.moment_dtype bfloat16" in line and "more chips" in line
-    assert found.phases[0].peak > 0.001 * GIB
+def test_what_does_not_fit(whole):
+    config = small(optim=OptimConfig(gradient_accumulation_steps=1))
+    needs = whole.phase("update").peak
+    assert advise(whole.phases, whole.memory, needs, config, whole.train, whole.sample) == []
+    lines = advise(whole.phases, whole.memory, needs * 0.99, config, whole.train, whole.sample)
+    (line,) = lines
+    assert line.startswith("update needs ") and "a smaller microbatch (2 prompts a device now)" in line
+    *_, line = advise(whole.phases, whole.memory, needs / 10, config, whole.train, whole.sample)
+    assert "--optim.moment_dtype bfloat16" in line and "more chips" in line
+    refused = dataclasses.replace(whole, advice=lines)
+    assert not refused.fits and whole.fits
 
 
 def test_command(capsys, tmp_path):

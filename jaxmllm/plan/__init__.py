@@ -23,7 +23,7 @@ from jaxmllm.plan.programs import Phase, Programs, Sizes, architecture, sizes_of
 from jaxmllm.plan.roofline import Links, Times, links_of
 from jaxmllm.train.config import MeshConfig, TrainConfig
 
-__all__ = ["PhasePlan", "Plan", "architecture", "plan", "search", "sizes_of"]
+__all__ = ["PhasePlan", "Plan", "advise", "architecture", "plan", "search", "sizes_of"]
 GIB = 2**30
 
 
@@ -146,7 +146,7 @@ def plan(
     if programs.copied:
         memory["sampler's copy"] = local_bytes(programs.target)
     capacity = target.chip.hbm_gib * GIB
-    advice = _advice(found, memory, capacity, config, train, sample)
+    advice = advise(found, memory, capacity, config, train, sample)
     micro = config.batch_size // config.optim.gradient_accumulation_steps // config.rollout.steps_per_generation
     total = sum(x.size for x in jax.tree.leaves(programs.state.params))
     return Plan(
@@ -220,7 +220,7 @@ def _needed(refused: str) -> float:
     return float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1) if found else float("inf")
 
 
-def _advice(
+def advise(
     phases: list[PhasePlan],
     memory: dict[str, float],
     capacity: float,
