@@ -77,7 +77,9 @@ def warp(
 
 def _ordered_bits(x: Float[Array, "R V"]) -> Int[Array, "R V"]:
     """Integers in the order of the floats: their bits, those of negative ones turned round; -0 counts as 0."""
-    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    # -0 by its bits: compared as a float, a subnormal number counts as 0 on some backends
+    bits = jnp.where(bits == jnp.iinfo(jnp.int32).min, 0, bits)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
