@@ -36,6 +36,18 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """A test that fails leaves no process behind."""
+    yield
+    for one in STARTED:
+        one.kill()
+    STARTED.clear()
+
+
 class Job:
     """`count` processes of `devices` devices each; their output goes to files in `folder`."""
 
@@ -59,6 +71,7 @@ class Job:
                 self.processes.append(
                     subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
                 )
+        STARTED.extend(self.processes)
 
     def wait(self, timeout: float = 1800) -> list[int]:
         try:
