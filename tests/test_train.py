@@ -167,6 +167,8 @@ def test_supervised_loss_falls_and_does_not_depend_on_the_cut(tmp_path):
     base = training.config(
         tmp_path,
         method="sft",
+        from_scratch=True,
+        trainable=r"text/.*|embed",
         name="whole",
         batch_size=4,
         max_steps=8,
