@@ -1,5 +1,6 @@
 """Launchers and the start of several processes: real shells on stand-ins for the clusters' tools, real processes on loopback."""
 
+import json
 import os
 import re
 import shlex
@@ -37,9 +38,7 @@ def test_syntax(name):
 
 @pytest.mark.parametrize("name", SHELL)
 def test_shellcheck(name):
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed")
-    found = subprocess.run(["shellcheck", LAUNCH / name], capture_output=True, text=True)
+    found = subprocess.run([tool("shellcheck"), LAUNCH / name], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
 
@@ -60,6 +59,14 @@ def stand_in(folder: Path, name: str, body: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text("#!/usr/bin/env bash\n" + textwrap.dedent(body))
     (folder / name).chmod(0o755)
+
+
+def tool(name: str) -> Path:
+    """A program of somebody else's, usually in an environment of its own: put its folder on PATH to run these tests."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return Path(found)
 
 
 def environment(*folders: Path, **variables) -> dict[str, str]:
@@ -188,6 +195,39 @@ def test_xpk(tmp_path):
     assert shlex.split(started) == ["./launch/local.sh", *COMMAND]
 
 
+def test_xpk_dry_run(tmp_path):
+    """xpk itself makes a workload of it that runs the command, restarts, and hands the exit status on."""
+    tool("xpk")
+    stand_in(tmp_path, "gcloud", "exit 0")
+    given = {"HOME": tmp_path, "PROJECT": "p", "ZONE": "us-west4-a", "CLUSTER": "c", "XPK_FLAGS": "--dry-run"}
+    ran = subprocess.run(
+        [LAUNCH / "xpk.sh", *COMMAND], env=environment(tmp_path, **given), capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    workload = ran.stdout[ran.stdout.index("apiVersion: jobset") :].split("\n[XPK]")[0]
+    spec = yaml.safe_load(workload)["spec"]
+    assert spec["failurePolicy"]["maxRestarts"] == 100
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    assert (job["completions"], job["backoffLimit"]) == (4, 0)
+    policy = [rule["onExitCodes"] for rule in job["podFailurePolicy"]["rules"]]
+    assert any(loop.EXIT_INTERRUPTED in rule["values"] for rule in policy)
+    assert not any(rule["operator"] == "In" and cli.EXIT_INPUT in rule["values"] for rule in policy)
+    pod = job["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] == 180
+    assert f"exec ./launch/local.sh {shlex.join(COMMAND)}" in str(pod["containers"][0]["command"])
+
+
+def test_kubernetes_schema(tmp_path):
+    """The Job inside of the JobSet by Kubernetes' own schema, which knows no field that is not in it."""
+    job = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())["spec"]["replicatedJobs"][0]["template"]
+    for name, extra, status in (("good", {}, 0), ("bad", {"completion": 4}, 1)):  # it does refuse
+        whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}, "spec": job["spec"] | extra}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(whole))
+        command = [tool("kubernetes-validate"), "--strict", tmp_path / f"{name}.yaml"]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.returncode == status, ran.stdout + ran.stderr
+
+
 def test_jobset():
     """Agrees with the mesh config of the slice that it names, and tells mistakes from interruptions."""
     job = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())["spec"]
@@ -235,10 +275,24 @@ def test_skypilot(tmp_path):
     assert found == {"coordinator_address": "10.0.0.5:8476", "num_processes": 2, "process_id": 1}
 
 
-def test_skypilot_parser():
-    sky = pytest.importorskip("sky")
-    task = sky.Task.from_yaml(str(LAUNCH / "skypilot.yaml"))
-    assert task.num_nodes == 1
+PARSED = """
+import json, sys, sky
+task = sky.Task.from_yaml(sys.argv[1])
+(one,) = task.resources
+print(json.dumps([task.num_nodes, one.accelerators, one.use_spot, one.job_recovery, list(task.storage_mounts), task.envs]))
+"""
+
+
+def test_skypilot_parser(tmp_path):
+    """Read by SkyPilot itself."""
+    python = tool("sky").with_name("python")
+    env = {**os.environ, "HOME": str(tmp_path)}
+    ran = subprocess.run([python, "-c", PARSED, LAUNCH / "skypilot.yaml"], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    nodes, accelerators, spot, recovery, mounts, envs = json.loads(ran.stdout.splitlines()[-1])
+    assert (nodes, accelerators, spot, mounts) == (1, {"H100": 8}, True, ["/runs"])
+    assert recovery["recover_on_exit_codes"] == [loop.EXIT_INTERRUPTED, 134, 137]
+    assert envs["COMMAND"] == shlex.join(COMMAND[:3])
 
 
 # ---------------------------------------------------------------- who the processes are

@@ -115,6 +115,7 @@ class TrainConfig:
     completions_steps: int = 10  # write sampled completions every so many updates
     save_pictures: int = 8  # pictures of each evaluation kept for the report
     export: bool = True  # write a Hugging Face folder at the end
+    profile: bool = False  # write a trace of the third to fifth update to run_dir/profile
 
     @property
     def run_dir(self) -> Path:

@@ -23,13 +23,14 @@ from jaxmllm.train.checkpoint import Checkpoints
 from jaxmllm.train.config import TrainConfig
 from jaxmllm.train.grpo import GRPO
 from jaxmllm.train.metrics import MetricsWriter, record_start
+from jaxmllm.train.profiling import Trace
 from jaxmllm.train.setup import Run, build, eval_sources, generator, host_scalars
 from jaxmllm.train.warmup import HEADS
 
 log = logging.getLogger(__name__)
 # may differ when a run goes on: they do not enter the numbers of an update
 FREE_FIELDS = ("max_seconds", "output_dir", "logging_steps", "save_steps", "save_total_limit", "export", "data.workers")
-FREE_FIELDS += ("mesh", "sample_mesh")  # another machine: the same numbers up to rounding
+FREE_FIELDS += ("profile", "mesh", "sample_mesh")  # another machine: the same numbers up to rounding
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, start the same command again
 Progress = Callable[[int, dict[str, float]], None]  # called with (updates done, metrics) at every logged update
 
@@ -98,6 +99,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     )
     failed, steady = 0, None
     began = time.monotonic() - trained_seconds
+    trace = Trace(config.run_dir / "profile", start, config.profile)
 
     def save(metrics: dict[str, float] | None = None) -> None:
         data = {
@@ -108,7 +110,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
         }
         checkpoints.save(run.state, data, metrics)
 
-    with writer, contextlib.closing(checkpoints), contextlib.closing(run.batches), contextlib.closing(run.step):
+    with writer, trace, contextlib.closing(checkpoints), contextlib.closing(run.batches), contextlib.closing(run.step):
         with stop_flag() as stop:
             if sources and start == 0:
                 evaluate(run, sources, "before")
@@ -119,6 +121,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
                     break
                 if config.max_seconds and distributed.from_all(time.monotonic() - began > config.max_seconds)[0]:
                     break
+                trace.before(step)
                 clock = time.perf_counter()
                 batch = next(run.batches)
                 waited = time.perf_counter() - clock
@@ -127,6 +130,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
                 if step % config.logging_steps == 0 or step >= config.max_steps:
                     metrics = host_scalars(metrics)
                     seconds = time.perf_counter() - clock
+                    # GRPO reports its phases itself; any other step is one program
+                    metrics = {"seconds/update": seconds - waited} | metrics
                     metrics |= {"step_time": seconds, "seconds/data": waited}
                     if "num_tokens" in metrics:  # the running total, as in TRL, of logged updates
                         metrics["tokens_per_second"] = metrics["num_tokens"] / seconds

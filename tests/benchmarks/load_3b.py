@@ -45,33 +45,8 @@ VISION = dict(
     fullatt_block_indexes=[7, 15, 23, 31],
     tokens_per_second=2,
 )
-MARKERS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()  # ids 151643 to 151656
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
-    "{% if part.type == 'text' %}{{ part.text }}"
-    "{% else %}<|vision_start|><|{{ part.type }}_pad|><|vision_end|>{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 PROMPT = "Output the bounding box of the red circle in the image."
 SIDES = (196, 252)  # pixels, height and width of the image
-
-
-def write_tokenizer(folder: Path) -> None:
-    """The markers under their real ids; the text before them is bytes."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = letters + [f"<{i}>" for i in range(len(letters), 151643)]
-    core = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(marker, special=True, normalized=False) for marker in MARKERS])
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, chat_template=TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    ).save_pretrained(folder)
 
 
 def write(folder: Path, layers: int) -> dict:
@@ -83,6 +58,7 @@ def write(folder: Path, layers: int) -> dict:
     from jaxmllm.config import load_model_config
     from jaxmllm.data.chat import Processor
     from jaxmllm.data.images import patchify
+    from tests.benchmarks.peers_48m import write_tokenizer
 
     torch.manual_seed(0)
     text = TEXT | {"num_hidden_layers": layers}

@@ -1,18 +1,76 @@
 """The 48M configuration that comparisons run: written once by transformers, read by every side.
 
-Tower 8 x 160, decoder 8 x 256, vocabulary 151,936; prompts of one image of `side` pixels and 24 text tokens.
+Tower 8 x 160, decoder 8 x 256, vocabulary 151,936; prompts of one image of `side` pixels. `write` makes the checkpoint,
+arrays for sides that call a model (`inputs.npz`, 24 text tokens) and a tokenizer, preprocessor and `chat.jsonl` for sides
+that start from pictures and text.
 """
 
+import json
+import subprocess
 import sys
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 IMAGE = 151655
+QUESTION = "Count the round things in the picture."
+MARKERS = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+).split()  # ids 151643 to 151656
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% else %}<|vision_start|><|{{ part.type }}_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """The markers under their real ids; the text before them is bytes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = letters + [f"<{i}>" for i in range(len(letters), 151643)]
+    core = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(marker, special=True, normalized=False) for marker in MARKERS])
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, chat_template=TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    ).save_pretrained(folder)
+
+
+def write_chat(folder: Path, prompts: int, side: int) -> None:
+    """Preprocessor configs of transformers, pictures of noise, and `chat.jsonl` with one question about each."""
+    from PIL import Image
+
+    sizes = dict(patch_size=14, temporal_patch_size=2, merge_size=2, min_pixels=784, max_pixels=side * side)
+    for name, kind in (("preprocessor", "image"), ("video_preprocessor", "video")):
+        config = sizes | {f"{kind}_processor_type": f"Qwen2VL{kind.title()}Processor", "processor_class": "Qwen2_5_VLProcessor"}
+        (folder / f"{name}_config.json").write_text(json.dumps(config))
+    rng, lines = np.random.default_rng(1), []
+    for k in range(prompts):
+        noise = Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8))
+        noise.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{k}.png")
+        lines.append(json.dumps({"id": str(k), "prompt": QUESTION, "image": f"{k}.png"}))
+    (folder / "chat.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def checksum(text: str, record: Any = None) -> float:
+    """A reward that differs between completions, so that every group has a gradient."""
+    return zlib.crc32(text.encode()) / 2**32
+
+
+def make(folder: str | Path, *arguments: int) -> None:
+    """`write` in a process of its own, so that the driver stays small and the sides inherit nothing."""
+    subprocess.run([sys.executable, "-m", "tests.benchmarks.peers_48m", str(folder), *map(str, arguments)], check=True)
 
 
 def write(folder: Path, prompts: int = 2, side: int = 448) -> None:
-    """Checkpoint and inputs.npz: ids, pixels in Hugging Face's order, grids, M-RoPE positions."""
+    """Everything. inputs.npz: ids, pixels in Hugging Face's order, grids, M-RoPE positions."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -55,6 +113,8 @@ def write(folder: Path, prompts: int = 2, side: int = 448) -> None:
         positions=positions.numpy(),
         delta=delta.numpy(),
     )
+    write_tokenizer(folder)
+    write_chat(folder, prompts, side)
 
 
 def jax_prompts(folder: Path):
