@@ -214,7 +214,8 @@ def test_xpk_dry_run(tmp_path):
     assert not any(rule["operator"] == "In" and cli.EXIT_INPUT in rule["values"] for rule in policy)
     pod = job["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] == 180
-    assert f"exec ./launch/local.sh {shlex.join(COMMAND)}" in str(pod["containers"][0]["command"])
+    started = re.search(r"exec (./launch/local.sh .+?) ?\) &", pod["containers"][0]["command"][-1])
+    assert started and shlex.split(started[1]) == ["./launch/local.sh", *COMMAND]
 
 
 def test_kubernetes_schema(tmp_path):
