@@ -62,7 +62,7 @@ def test_decode_sees_the_cache_up_to_its_step():
 def test_padding_and_the_other_completions_do_not_leak():
     q, k, v, prompt_k, prompt_v = shared_inputs()
     run = jax.jit(lambda *a: attention.completion(*a[:3], attention.causal_mask(T)[None], *a[3:], LENGTHS))
-    before = run(q, k, v, prompt_k, prompt_v)
+    before = np.asarray(run(q, k, v, prompt_k, prompt_v))  # finished before its arguments are overwritten
     prompt_k[1, 4:], prompt_v[1, 4:] = 1e4, -1e4  # behind the end of row 1
     k[:, 2], v[:, 2] = 50, 1e6  # another completion
     after = run(q, k, v, prompt_k, prompt_v)
