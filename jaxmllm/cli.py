@@ -1,5 +1,6 @@
 """The `jaxmllm` command. A mistake in the input prints one message; `--debug` adds the traceback."""
 
+import dataclasses
 import logging
 import os
 import sys
@@ -172,6 +173,11 @@ def evaluate(
     task: str | None = None,
     style: str = "qwen2_5_vl",
     thinking: bool = False,
+    wording: Literal["train", "evaluation"] = "train",
+    rules: Literal["corrected", "released"] = "corrected",
+    system: str | None = None,
+    repetition_penalty: float = 1.0,
+    max_bad_records: int = 0,
     limit: int | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 512,
@@ -187,25 +193,39 @@ def evaluate(
         data: a source such as coco:instances.json?task=detection or world:grounding?split=val; repeat for several.
         out: folder for predictions, figures with intervals, and COCO results.
         task: the task to pose; each record's own without it.
+        wording: of questions whose published evaluation asks in other words than the training.
+        rules: how answers are read: released repeats Perception-R1's code, bugs included.
+        system: system turn; without it the template's own, or with `thinking` one that asks for it.
+        max_bad_records: records that may be unreadable; they are left out.
         by: also give the figures for each value of this record field.
     """
     from rich.progress import Progress
 
     from jaxmllm import api
-    from jaxmllm.data.examples import Asking, Sized
+    from jaxmllm.data.examples import Sized
     from jaxmllm.data.sources import open_source
     from jaxmllm.eval import harness, tables
+    from jaxmllm.train.config import DataConfig, EvaluationConfig, TrainConfig
+    from jaxmllm.train.setup import eval_asking, eval_options
 
-    options = {"style": style, "thinking": thinking}
+    config = TrainConfig("eval", data=DataConfig(style=style, thinking=thinking))
+    config = dataclasses.replace(config, evaluation=EvaluationConfig(system=system, wording=wording, rules=rules))
+    asking, options = eval_asking(config), eval_options(config)
     extra = {} if task is None else {"task": task}
     opened = {spec: open_source(spec, **(extra if spec.startswith("coco:") else {})) for spec in data}
     loaded = api.load(model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
     sources = {spec: Sized(source, loaded.processor.pixel_config) for spec, source in opened.items()}
-    asking = Asking(options)
 
     def generate(records: Sequence[Mapping[str, Any]]) -> list[str]:
         chats = [asking.conversation(dict(record)) for record in records]
-        found = api.generate(loaded, chats, max_new_tokens=max_new_tokens, temperature=0.0, batch_size=batch_size)
+        found = api.generate(
+            loaded,
+            chats,
+            max_new_tokens=max_new_tokens,
+            temperature=0.0,
+            repetition_penalty=repetition_penalty,
+            batch_size=batch_size,
+        )
         return [group[0].text for group in found]
 
     console = _console()
@@ -224,8 +244,11 @@ def evaluate(
                 "dtype": loaded.cfg.dtype,
                 "max_new_tokens": max_new_tokens,
                 "pixels": [loaded.processor.pixel_config.min_pixels, loaded.processor.pixel_config.max_pixels],
+                **({} if repetition_penalty == 1 else {"repetition_penalty": repetition_penalty}),
+                **({} if system is None else {"system": system}),
             },
             by=by,
+            max_bad_records=max_bad_records,
             save_pictures=save_pictures,
             on_batch=lambda done, total: bar.update(line, completed=done, total=total),
         )
@@ -242,7 +265,7 @@ def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> None:
     _console().print(f"wrote {path}")
 
 
-def data(source: tyro.conf.Positional[str], out: Path = Path("preview.png"), n: int = 16) -> None:
+def preview(source: tyro.conf.Positional[str], out: Path = Path("preview.png"), n: int = 16) -> None:
     """Draw the first records of a source with their annotations on one sheet.
 
     Args:
@@ -251,10 +274,34 @@ def data(source: tyro.conf.Positional[str], out: Path = Path("preview.png"), n: 
         n: records to draw.
     """
     from jaxmllm.data.sources import open_source
-    from jaxmllm.world.preview import preview
+    from jaxmllm.world import preview as draw
 
-    preview(open_source(source), out, n)
+    draw(open_source(source), out, n)
     _console().print(f"wrote {out}")
+
+
+def materialise(
+    source: tyro.conf.Positional[str], out: Path, split: str = "train", start: int = 0, stop: int | None = None
+) -> None:
+    """Write a slice of the procedural world to ArrayRecord files, as a TFDS data set that `tfds:FOLDER` reads.
+
+    Args:
+        source: for example world:grounding?objects=2-6.
+        out: folder to write into.
+        split: name of the split.
+        start: first item.
+        stop: item to end before; the source's end without it.
+    """
+    from jaxmllm.data.sources import open_source
+    from jaxmllm.world.source import WorldSource
+
+    opened = open_source(source)
+    if not isinstance(opened, WorldSource):
+        raise InputError(f"{source}: only sources of the world are written, such as world:grounding")
+    from jaxmllm.world.tfds_builder import materialise as write
+
+    folder = write({split: opened}, out, start, stop)
+    _console().print(f"wrote {folder}: read it as tfds:{folder}?split={split}", soft_wrap=True)
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -301,7 +348,8 @@ def train(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"sample": sample, "score": score, "convert": convert, "eval": evaluate, "report": report, "data": data}
+COMMANDS = {"sample": sample, "score": score, "convert": convert, "eval": evaluate, "report": report}
+COMMANDS |= {"data preview": preview, "data materialise": materialise}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -312,7 +360,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(name)s: %(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # a failed write of a checkpoint is told in one message, not in the traceback of each thread
+    logging.getLogger("absl").setLevel(logging.ERROR if debug else logging.CRITICAL)
     try:
         if arguments and arguments[0] == "train":
             from jaxmllm import distributed
@@ -324,7 +373,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return plan(arguments[1:])
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS | {"train": lambda: None, "plan": lambda: None}, args=arguments, prog="jaxmllm", description=__doc__
+            COMMANDS | {"train": lambda: None, "plan": lambda: None},
+            args=arguments,
+            prog="jaxmllm",
+            description=__doc__,
         )
         return 0
     except InputError as error:

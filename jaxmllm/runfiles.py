@@ -147,15 +147,16 @@ def differences(old: Any, new: Any, ignore: Collection[str] = (), prefix: str = 
     return lines
 
 
-def claim(folder: str | Path, config: Any, ignore: Collection[str] = ()) -> bool:
+def claim(folder: str | Path, config: Any, ignore: Collection[str] = (), defaults: Any = None) -> bool:
     """Makes `folder` and writes `config.json` into it, or checks that the one there is the same; True if it was there.
 
     Raises InputError with the differing fields when the folder belongs to another config. Fields named in `ignore`
-    (dotted) may differ; the file keeps their first values.
+    (dotted) may differ; the file keeps their first values. `defaults` stands for fields that the file lacks because they
+    did not exist when it was written.
     """
     path = Path(folder) / "config.json"
     if path.exists():
-        lines = differences(read_json(path), plain(config), ignore)
+        lines = differences(_filled(plain(defaults), read_json(path)), plain(config), ignore)
         if lines:
             raise InputError(
                 f"{folder} belongs to another config; use another folder or remove this one. Differing fields:\n  "
@@ -165,3 +166,10 @@ def claim(folder: str | Path, config: Any, ignore: Collection[str] = ()) -> bool
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, config)
     return False
+
+
+def _filled(defaults: Any, values: Any) -> Any:
+    """Nested dicts `values` with the fields of `defaults` that they lack."""
+    if not (isinstance(defaults, Mapping) and isinstance(values, Mapping)):
+        return values
+    return {**defaults, **{key: _filled(defaults.get(key), value) for key, value in values.items()}}

@@ -32,7 +32,7 @@ def config(folder: str | Path, **changes) -> TrainConfig:
         data=DataConfig(train=(f"world:grounding?{SCENES}&length=512",), workers=1),
         # a large epsilon: with the usual one Adam turns the rounding of a gradient near 0 into a whole step
         optim=OptimConfig(learning_rate=1e-3, lr_scheduler_type="constant", adam_epsilon=1e-3),
-        rollout=RolloutConfig(reward_funcs=("tests.multiprocess_job:reward",)),
+        rollout=RolloutConfig(reward_funcs=("tests.multiprocess_job:reward",), reward_processes=0),
         grpo=GRPOOptions(num_generations=2, max_completion_length=6, beta=0.04, scale_rewards="batch"),
         save_steps=1000,
         export=False,

@@ -1,6 +1,7 @@
 """The command line: what its commands print and write, and one line for each mistake."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -75,9 +76,19 @@ def test_convert_there_and_back(tmp_path, capsys):
 
 def test_data_draws_a_sheet(tmp_path):
     path = tmp_path / "sheet.png"
-    assert cli.main(["data", "world:detection?size=84x84", "--out", str(path), "--n", "4"]) == 0
+    assert cli.main(["data", "preview", "world:detection?size=84x84", "--out", str(path), "--n", "4"]) == 0
     with Image.open(path) as sheet:
         assert min(sheet.size) > 84 and len(np.unique(np.asarray(sheet.convert("RGB")).reshape(-1, 3), axis=0)) > 100
+
+
+def test_data_writes_a_slice(tmp_path, capsys):
+    spec = "world:grounding?size=56x56&seed=3"
+    assert cli.main(["data", "materialise", spec, "--out", str(tmp_path), "--start", "2", "--stop", "5"]) == 0
+    (folder,) = re.findall(r"read it as (tfds:\S+)", "".join(capsys.readouterr()))
+    written, drawn = open_source(folder), open_source(spec)
+    assert [record["id"] for record in written] == [drawn[k]["id"] for k in (2, 3, 4)]
+    np.testing.assert_array_equal(written[1]["images"][0], drawn[3]["images"][0])
+    assert "only sources of the world" in refused(capsys, "data", "materialise", f"tfds:{tmp_path}", "--out", tmp_path)
 
 
 def test_eval_and_report(tmp_path, capsys):
@@ -104,8 +115,8 @@ def test_mistakes_get_one_line(tmp_path, capsys, photo):
     broken = tmp_path / "broken.png"
     broken.write_bytes(photo.read_bytes()[:200])
     assert str(broken) in refused(capsys, "sample", "--image", broken)
-    assert "unknown" in refused(capsys, "data", "world:nonsense")
-    assert str(missing) in refused(capsys, "data", f"coco:{missing}")
+    assert "unknown" in refused(capsys, "data", "preview", "world:nonsense")
+    assert str(missing) in refused(capsys, "data", "preview", f"coco:{missing}")
     assert str(missing) in refused(capsys, "report", missing)
 
 

@@ -15,12 +15,13 @@ import pytest
 import tyro
 from PIL import Image
 
-from jaxmllm.data.examples import Asking
 from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
 from jaxmllm.meshes import check_layout, known_meshes, load_mesh
+from jaxmllm.tasks import ocr
 from jaxmllm.train.config import MeshConfig, TrainConfig, load_config
-from jaxmllm.train.rewards import Rewards
+from jaxmllm.train.rewards import of_config
+from jaxmllm.train.setup import asking_of, eval_asking
 
 ROOT = Path(__file__).parents[1]
 RUNS = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.parent.name != "meshes")
@@ -77,6 +78,14 @@ def test_documented_variants(path):
     assert configs["_g16"].grpo.num_generations == 16
     assert configs["_sft"].method == "sft"
     assert configs["_sft_rl"].method == "grpo" and configs["_sft_rl"].model == f"runs/{path.stem}_sft/export"
+    usual = load_config(path).rollout
+    assert (usual.reward_rules, usual.reward_matching) == ("corrected", "hungarian")
+    if path.stem != "ocr_2b":  # of pages there is no released reward of the paper's
+        assert configs["_released"].rollout.reward_rules == "released"
+    if path.stem in ("counting_2b", "detection_3b"):  # several objects: something to match
+        assert configs["_in_order"].rollout.reward_matching == "order"
+    if path.stem == "detection_3b":
+        assert configs["_penalty"].rollout.detection.penalty and configs["_no_f1"].rollout.detection.f1 == 0
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
@@ -98,6 +107,40 @@ def test_published_hyperparameters(path):
     assert config.grpo.max_completion_length == tokens[config.name]
     assert 0 <= records[config.name] - config.max_steps * config.batch_size < config.batch_size
     assert data.style == ("qwen2_5_vl" if "2.5" in config.model else "qwen2_vl")
+    # section 2: a system turn in training alone; section 5: greedy, so many new tokens
+    assert data.system == (ocr.SYSTEM if config.name == "ocr_2b" else "You are a helpful assistant. ")
+    assert config.evaluation.system is None
+    limits = {"grounding_2b": 512, "counting_2b": 512, "ocr_2b": 2048, "detection_3b": 4096}
+    assert config.evaluation.max_new_tokens == limits[config.name]
+    assert config.evaluation.repetition_penalty == (1.05 if config.name == "grounding_2b" else 1.0)
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in RECIPES])
+def test_how_recipes_ask(path):
+    """Training and evaluation as section 2 words them; thinking puts R1's system turn and suffix into both."""
+    record = {
+        "images": ["x.png"], "expression": "red cup", "label": "cups", "categories": ["cup", "cat"],
+        "task": path.stem.partition("_")[0],
+    }  # fmt: skip
+    config = load_config(path)
+    trained, evaluated = (f(config).conversation(record) for f in (asking_of, eval_asking))
+    assert [turn["role"] for turn in trained] == ["system", "user"] and trained[0]["content"] == config.data.system
+    assert [turn["role"] for turn in evaluated] == ["user"]
+    asked = {
+        "grounding": ("Output the bounding box of the red cup in the image.",) * 2,
+        "counting": ("Output all the bounding boxes of the cups",) * 2,
+        "ocr": ("OCR this image.", "<image>\nOCR this image: "),
+        "detection": (
+            "Please output bbox coordinates and names of cup, cat.",
+            "Locate every item from the category list in the image and output the coordinates in JSON format. "
+            "The category set includes cup, cat.",
+        ),
+    }[record["task"]]
+    assert (trained[1]["content"][-1]["text"], evaluated[0]["content"][-1]["text"]) == asked
+    thinking = overridden(path, ["--data.thinking"])
+    for asking in (asking_of(thinking), eval_asking(thinking)):
+        system, user = asking.conversation(record)
+        assert "<think>" in system["content"] and user["content"][-1]["text"].endswith("<answer> </answer> tags.")
 
 
 @pytest.fixture
@@ -139,17 +182,22 @@ def layout(tmp_path, monkeypatch):
 BEST = {"grounding": 2.0, "counting": 1.0, "ocr": 1.0, "detection": 3.0}  # perception_r1.md section 2
 
 
-@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--data.thinking",), ("--rollout.reward_rules", "released"), ("--rollout.reward_matching", "order")],
+    ids=lambda flags: "_".join(flags) or "usual",
+)
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in RECIPES])
-def test_documented_data(path, thinking, layout):
+def test_documented_data(path, flags, layout):
     """The documented files are read as the recipe's task, and the gold answer in its style has the best reward."""
-    config = load_config(path)
-    options = {"style": config.data.style, "thinking": thinking}
-    asking, rewards = Asking(options), Rewards(config.rollout.reward_funcs, options)
+    config = overridden(path, list(flags))
+    asking, rewards = asking_of(config), of_config(config)
+    # the released rewards are given the text with its end token
+    end = "<|im_end|>" if config.rollout.reward_rules == "released" else ""
     for spec in (*config.data.train, *config.data.eval):
         record = {"id": spec, "size": [200, 100], **open_source(spec)[0]}
         assert record["task"] == path.stem.partition("_")[0]
-        table, _ = rewards([asking.answer(record)], [record])
+        table, _ = rewards([asking.answer(record) + end], [record])
         assert table[0, 0] == pytest.approx(BEST[record["task"]], abs=0.12)  # whole numbers on the grid
 
 

@@ -42,6 +42,16 @@ from tests.grpo_reference import draw
         ({"top_entropy_quantile": 1.5}, "top_entropy_quantile"),
         ({"sapo_temperature_pos": 0.0}, "sapo_temperature_pos"),
         ({"entropy_coef_min": 2.0}, "entropy_coef_min"),
+        ({"loss_type": "sapo", "delta": 3.0}, "delta"),
+        ({"loss_type": "gmpo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
+        ({"kl_ctrl": "adaptive"}, "kl_ctrl"),
+        ({"kl_ctrl": "linear", "beta": 0.1}, "kl_ctrl"),
+        ({"beta": 0.1, "kl_ctrl": "adaptive", "target_kl": 0.0}, "target_kl"),
+        ({"beta": 0.1, "kl_ctrl": "adaptive", "horizon": 0}, "horizon"),
+        ({"sync_ref_model": True}, "sync_ref_model"),
+        ({"use_bias_correction_kl": True}, "use_bias_correction_kl"),
+        ({"adv_estimator": "rloo", "scale_rewards": "none"}, "scale_rewards"),
+        ({"adv_estimator": "rloo", "multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation"),
     ],
 )
 def test_configuration_errors_name_the_field(changes, field):

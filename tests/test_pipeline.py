@@ -14,7 +14,7 @@ from PIL import Image
 from jaxmllm.data.chat import Buckets, Processor
 from jaxmllm.data.examples import Asking, PromptEncoder, Sized
 from jaxmllm.data.images import PixelConfig
-from jaxmllm.data.pipeline import pad, rl_batches, sft_batches
+from jaxmllm.data.pipeline import batch_sizes, join_prompts, pad, rl_batches, sft_batches
 from jaxmllm.data.sources import Mixture, open_source
 from jaxmllm.errors import InputError
 from jaxmllm.world.source import WorldSource
@@ -391,3 +391,33 @@ def test_pad_needs_no_picture_to_agree(processor):
     batch = pad(3, [row, row], 1, np.array([2, 3, 64, 0]), (PIXELS.window_patches, PIXELS.patch_pixels))
     assert batch.prompts.vision.patches.shape == (2, 2, 3, PIXELS.window_patches, PIXELS.patch_pixels)
     assert len(batch.records) == 1 and batch.step == 3 and batch.prompts.tokens.shape == (2, 64)
+
+
+def test_rows_of_several_batches_join_as_if_padded_together():
+    """Pictures of several windows, several sizes, and a batch of text alone."""
+    tokenizer = small_tokenizer()
+    large = Processor(tokenizer, model_of(tokenizer), PixelConfig(min_pixels=28 * 28, max_pixels=400 * 400), VIDEO)
+    sizes = [(56, 56), (112, 224), (364, 112), (28, 140)]
+    rng = np.random.default_rng(0)
+    source = [
+        {"id": str(k), "task": "ocr", "text": "x", "images": [rng.integers(0, 255, (*size, 3), np.uint8)]}
+        for k, size in enumerate(sizes)
+    ]
+    source += [{"messages": [{"role": "user", "content": "Hi" * k}]} for k in (1, 90)]
+    encode = PromptEncoder(large, Asking(), Buckets())
+    rows = [encode(source, k, k) for k in range(len(source))]
+    pixels = large.pixel_config
+    picture = (pixels.window_patches, pixels.patch_pixels)
+    groups = [rows[:2], rows[2:4], rows[4:]]
+    measured = [batch_sizes(group, Buckets()) for group in groups]
+    parts = [pad(0, group, 2, size, picture).prompts for group, size in zip(groups, measured, strict=True)]
+    assert len({part.vision.patches.shape[2] for part in parts[:2]}) == 2 and parts[2].vision is None
+    picks = [(1, 0), (2, 1), (0, 1), (1, 1), (0, 0)]
+    together = [groups[part][row] for part, row in picks]
+    expected = pad(0, together, len(together), np.max(measured, axis=0), picture).prompts
+    merge = 4  # patches of a vision token
+    assert same(join_prompts(parts, picks, merge), expected)
+    # sizes are those of all parts, whatever is picked
+    assert join_prompts(parts, picks[4:], merge).tokens.shape[1] == expected.tokens.shape[1]
+    texts = join_prompts([parts[2]], [(0, 1), (0, 0)], merge)
+    assert texts.vision is None and same(texts, pad(0, [rows[5], rows[4]], 2, measured[2], picture).prompts)

@@ -123,7 +123,12 @@ def test_a_folder_of_another_config_is_refused(finished):
         (dict(importance_sampling_level="sequence", epsilon=3e-4), dict(steps_per_generation=2)),
         (
             dict(use_adaptive_entropy=True, top_entropy_quantile=0.5, mask_truncated_completions=True),
-            dict(soft_punish_cache=2, temperature=0.7, top_k=40),
+            dict(
+                reward_funcs=("tests.training:checksum", "soft_overlong"),
+                soft_punish_cache=2,
+                temperature=0.7,
+                top_k=40,
+            ),
         ),
     ],
     ids=str,
@@ -219,7 +224,8 @@ def test_non_finite_updates_are_skipped_counted_and_end_the_run(tmp_path):
     rows = read_lines(config.run_dir / "metrics.jsonl")
     assert [row["nonfinite"] for row in rows] == [0, 1, 1]  # the first one threw the weights far away
     with np.load(config.run_dir / "nonfinite_3.npz") as saved:
-        assert saved["arr_0"].shape[0] == 2
+        assert saved["prompts.tokens"].shape[0] == 2 and saved["completions.weights"].any()
+        assert saved["prompts.vision.patches"].shape[0] == 2
     first, second = (Checkpoints(config.run_dir / "checkpoints").restore(state, k)[0] for k in (1, 2))
     training.assert_same(first.params, second.params)  # a skipped update changes nothing
     training.assert_same(first.opt_state, second.opt_state)

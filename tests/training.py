@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import time
 import zlib
 
@@ -29,7 +30,7 @@ def config(folder, **changes) -> TrainConfig:
             eval_samples=4,
         ),
         optim=OptimConfig(learning_rate=1e-3, lr_scheduler_type="constant"),
-        rollout=RolloutConfig(reward_funcs=("tests.training:checksum",)),
+        rollout=rewarded_by("checksum"),
         grpo=GRPOOptions(num_generations=2, max_completion_length=6),
         save_steps=2,
         completions_steps=2,
@@ -40,7 +41,8 @@ def config(folder, **changes) -> TrainConfig:
 
 
 def rewarded_by(name: str, **options) -> RolloutConfig:
-    return RolloutConfig(reward_funcs=(f"tests.training:{name}",), **options)
+    """Without processes of their own, which take seconds to start."""
+    return RolloutConfig(**{"reward_funcs": (f"tests.training:{name}",), "reward_processes": 0, **options})
 
 
 def numbers(run_dir, *left_out: str) -> list[dict]:
@@ -71,6 +73,31 @@ def raises(text, record):
 
 def hangs(text, record):
     time.sleep(60)
+
+
+def hangs_on_a(text, record) -> float:
+    return time.sleep(60) or 0.0 if text.startswith("a") else 1.0
+
+
+def fails_on_a(text, record) -> float:
+    if text.startswith("a"):
+        raise TimeoutError("of its own")
+    return 1.0
+
+
+def dies_on_a(text, record) -> float:
+    if text.startswith("a"):
+        os._exit(1)
+    return 1.0
+
+
+def mostly_alike(text, record) -> float:
+    """Two of three records give every completion the same reward."""
+    return checksum(text, record) if zlib.crc32(record["id"].encode()) % 3 == 0 else 0.5
+
+
+def alike(text, record) -> float:
+    return 0.5
 
 
 def infinite(text, record):

@@ -23,6 +23,10 @@ Variants (a name of its own keeps each run apart):
     --name detection_3b_thinking --data.thinking                              answers after a thinking block
     --name detection_3b_g16 --grpo.num_generations 16                         G, the paper's 8
     --name detection_3b_kl0 --grpo.beta 0                                     no KL term, no reference model
+    --name detection_3b_in_order --rollout.reward_matching order              boxes paired as listed: no reward matching
+    --name detection_3b_released --rollout.reward_rules released              the reward as published, its bugs included
+    --name detection_3b_penalty --rollout.detection.penalty                   minus 0.5 x share of missed objects
+    --name detection_3b_no_f1 --rollout.detection.f1 0                        without the count term; .label 0, .iou 0: the others
     --name detection_3b_sft --method sft --optim.learning_rate 1e-5           SFT only
     --name detection_3b_sft_rl --model runs/detection_3b_sft/export           SFT, then RL
     --batch_size 64 --optim.gradient_accumulation_steps 1                     64 chips (v5e_64): a prompt each
@@ -32,7 +36,8 @@ repeated. Other hyper-parameters, and where they differ from the published ones:
 """
 
 from jaxmllm.losses.grpo_options import GRPOOptions
-from jaxmllm.train.config import DataConfig, OptimConfig, RolloutConfig, TrainConfig
+from jaxmllm.tasks import answers
+from jaxmllm.train.config import DataConfig, EvaluationConfig, OptimConfig, RolloutConfig, TrainConfig
 
 config = TrainConfig(
     name="detection_3b",
@@ -50,9 +55,11 @@ config = TrainConfig(
         min_pixels=3_136,
         max_pixels=1_000_000,
         max_prompt_length=2048,
+        system=answers.SYSTEM,
     ),
     optim=OptimConfig(learning_rate=1e-6, lr_scheduler_type="linear", gradient_accumulation_steps=2),
     rollout=RolloutConfig(temperature=1.0),
     grpo=GRPOOptions(num_generations=8, max_completion_length=2048, loss_type="grpo", beta=0.04),
+    evaluation=EvaluationConfig(max_new_tokens=4096, wording="evaluation"),
     save_steps=100,
 )

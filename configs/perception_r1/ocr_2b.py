@@ -23,7 +23,8 @@ Answers may have 2,048 tokens. Other hyper-parameters, and where they differ fro
 """
 
 from jaxmllm.losses.grpo_options import GRPOOptions
-from jaxmllm.train.config import DataConfig, OptimConfig, RolloutConfig, TrainConfig
+from jaxmllm.tasks import ocr
+from jaxmllm.train.config import DataConfig, EvaluationConfig, OptimConfig, RolloutConfig, TrainConfig
 
 config = TrainConfig(
     name="ocr_2b",
@@ -41,9 +42,11 @@ config = TrainConfig(
         min_pixels=3_136,
         max_pixels=1_000_000,
         max_prompt_length=2048,
+        system=ocr.SYSTEM,
     ),
     optim=OptimConfig(learning_rate=1e-6, lr_scheduler_type="linear", gradient_accumulation_steps=2),
     rollout=RolloutConfig(temperature=1.0),
     grpo=GRPOOptions(num_generations=8, max_completion_length=2048, loss_type="grpo", beta=0.04),
+    evaluation=EvaluationConfig(max_new_tokens=2048, wording="evaluation"),
     save_steps=100,
 )

@@ -132,6 +132,45 @@ def pad(step: int, rows: Sequence[Encoded], real: int, size: Sizes, picture: tup
     return Batch(step, [row.records for row in rows[:real]], index, prompts, completions)
 
 
+def join_prompts(parts: Sequence[Prompts], picks: Sequence[tuple[int, int]], merge: int) -> Prompts:
+    """Rows of several batches as one, padded to the largest: `picks` are (batch, row). numpy leaves.
+
+    `merge`: patches of a vision token. The sizes are those of all `parts`, picked from or not, so that processes which pick
+    differently pad alike.
+    """
+
+    def joined(leaves: list[Any], fill: int = 0) -> Any:
+        shape = np.max([leaf.shape[1:] for leaf in leaves], axis=0).astype(int)
+        whole = np.full((len(picks), *shape), fill, leaves[0].dtype)
+        for place, (part, row) in enumerate(picks):
+            value = np.asarray(leaves[part][row])
+            whole[(place, *map(slice, value.shape))] = value
+        return whole
+
+    pictures = [part.vision for part in parts if part.vision is not None]
+    vision, indices = None, [np.asarray(part.vision_index) for part in parts]
+    if pictures:
+        _, frames, windows, patches, _ = np.max([picture.patches.shape for picture in pictures], axis=0)
+        unit = patches // merge  # vision tokens of a window
+        for k, part in enumerate(parts):
+            if part.vision is not None:  # an index counts the windows of its batch: see `collate`
+                frame, token = np.divmod(indices[k], part.vision.patches.shape[2] * unit)
+                indices[k] = np.where(indices[k] < 0, -1, frame * windows * unit + token)
+        empty = pictures[0].patches.shape[-1]
+        all_parts = [
+            part.vision
+            or Vision(
+                np.zeros((len(part.tokens), frames, windows, patches, empty), np.float32),  # type: ignore[arg-type]
+                np.full((len(part.tokens), frames, windows, patches, 2), -1, np.int32),  # type: ignore[arg-type]
+            )
+            for part in parts
+        ]
+        vision = Vision(joined([v.patches for v in all_parts]), joined([v.positions for v in all_parts], -1))
+    names = ("tokens", "positions", "lengths", "next_position")
+    leaves = {name: joined([getattr(part, name) for part in parts]) for name in names}
+    return Prompts(**leaves, vision_index=joined(indices, -1), vision=vision)
+
+
 def agree_with_all(size: Sizes) -> Sizes:
     """The largest sizes of all processes; every process must call it for the same batch."""
     from jax.experimental import multihost_utils

@@ -59,6 +59,7 @@ def evaluate(
     config: Any = None,
     by: str | None = None,
     save_pictures: int = 0,
+    max_bad_records: int = 0,
     n_resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
     seed: int = 0,
@@ -82,13 +83,14 @@ def evaluate(
         by: record field; the main figures are also given for each of its values, where these have 5 records on average.
             Counting: `label` unless given.
         save_pictures: first records of each source whose picture is kept.
+        max_bad_records: records that may be unreadable; they are left out, with a warning.
         n_resamples, confidence, seed: of the bootstrap intervals; for AP images are resampled.
         on_batch: called after every batch with (records done, records in all).
 
     Raises:
         InputError: the folder holds another evaluation (the differing fields are named), an id occurs twice, the record
-            of an answered id changed, an option fits no task, there are no records, or `generate` returns anything but
-            one text a record.
+            of an answered id changed, an option fits no task, there are no records or too many that cannot be read, or
+            `generate` returns anything but one text a record.
     """
     options, out = dict(options or {}), Path(out_dir)
     if batch_size < 1 or (limit is not None and limit < 1):
@@ -103,7 +105,7 @@ def evaluate(
     asked: dict[str, list[tuple[Record, dict[str, Any]]]] = {}  # records without images, with their lines
     finished, warned = 0, False
     with JsonLines(out / "predictions.jsonl") as file:
-        for batch in _batches(sources, task, limit, batch_size):
+        for batch in _batches(sources, task, limit, batch_size, max_bad_records):
             new = [item for item in batch if item[:2] not in done]
             if not warned and any("images" in record and "resized" not in record for *_, record in new):
                 log.warning("records have no `resized`: their boxes are read as if the model saw the original size")
@@ -153,14 +155,23 @@ Item = tuple[str, str, int, Record]  # name of the source, id, index in the sour
 
 
 def _batches(
-    sources: Mapping[str, Source], task: str | None, limit: int | None, batch_size: int
+    sources: Mapping[str, Source], task: str | None, limit: int | None, batch_size: int, max_bad_records: int
 ) -> Iterator[list[Item]]:
+    bad = 0
     for name, source in sources.items():
         n = min(len(source), limit or len(source))
         for start in range(0, n, batch_size):
             batch = []
             for index in range(start, min(start + batch_size, n)):
-                record = _posed(source[index], task, name, index)
+                try:
+                    record = _posed(source[index], task, name, index)
+                except InputError as error:
+                    bad += 1
+                    if bad > max_bad_records:
+                        hint = f"; {bad} records could not be read, max_bad_records is {max_bad_records}"
+                        raise InputError(f"{error}{hint if max_bad_records else ''}") from None
+                    log.warning("left out: %s", error)
+                    continue
                 batch.append((name or record["task"], str(record.get("id", index)), index, record))
             yield batch
 

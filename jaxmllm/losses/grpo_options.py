@@ -13,6 +13,7 @@ KLKind = Literal["k1", "k2", "k3", "abs", "kl", "mse", "low_var_kl", "k1+", "k3+
 RewardScale = Literal["group", "batch", "none"]
 RewardAggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 AdvantageEstimator = Literal["grpo", "rloo", "reinforce_plus_plus_baseline", "grpo_passk"]
+KLControl = Literal["fixed", "adaptive"]
 WeightMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
@@ -37,7 +38,8 @@ class GRPOOptions:
     epsilon_high: float | None = None
     """Upper clip distance, `epsilon` if None. For `cispo` the ceiling on the ratio itself, about 5, and required."""
     delta: float | None = None
-    """Two-sided clip: a ceiling on the ratio, above 1 + epsilon_high, that bounds rows with A < 0 (dual clip's c)."""
+    """Two-sided clip: a ceiling on the ratio, above 1 + epsilon_high, that bounds rows with A < 0. It is the `clip_ratio_c`
+    of verl's dual clip (3 there), the same loss; tokens that it holds are logged as verl's `pg_clipfrac_lower`."""
     beta: float = 0.0
     """Coefficient of the KL term; 0: no reference model is needed."""
     use_bias_correction_kl: bool = False
@@ -46,6 +48,12 @@ class GRPOOptions:
     """verl's name: `k1`, `k2`, `k3` (TRL's only kind), `abs`; with `+` the gradient of k2. See `kl_estimate`."""
     kl_clip: bool = False
     """Bound k3 as verl and EasyR1 do: exponent to +-20, value to +-10. Not in TRL."""
+    kl_ctrl: KLControl = "fixed"
+    """verl's `kl_ctrl.type`: `adaptive` starts at `beta` and steers it towards `target_kl` (`adaptive_kl_coef`)."""
+    target_kl: float = 0.1
+    """Nats per token, of the adaptive coefficient."""
+    horizon: int = 10_000
+    """Completions in which the adaptive coefficient may change by about 20 %."""
 
     scale_rewards: RewardScale = "group"
     """What advantages are divided by: the deviation of the `group`, of the `batch`, or `none` (Dr. GRPO)."""
@@ -138,10 +146,12 @@ AT_LEAST = {
     "vespo_k_neg": 0,
     "ref_model_mixup_alpha": 0,
     "ref_model_sync_steps": 1,
+    "horizon": 1,
     "importance_sampling_clip_min": 0,
 }
 AT_MOST = {"top_entropy_quantile": 1, "ref_model_mixup_alpha": 1}
-POSITIVE = ("sapo_temperature_pos", "sapo_temperature_neg", "vespo_lambda_pos", "vespo_lambda_neg")
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # losses of the clipped surrogate
+POSITIVE = ("target_kl", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_lambda_pos", "vespo_lambda_neg")
 
 
 def _unknown_names(options: GRPOOptions) -> list[str]:
@@ -184,6 +194,24 @@ def _contradictions(options: GRPOOptions) -> list[str]:
         problems.append(f"max_completion_length={options.max_completion_length}: dr_grpo divides by it, give tokens")
     if options.delta is not None and options.delta <= 1 + options.clip_range.high:
         problems.append(f"delta={options.delta}: must be above 1 + epsilon_high = {1 + options.clip_range.high}")
+    if options.delta is not None and options.loss_type not in CLIPPED:
+        problems.append(
+            f"delta={options.delta}: {options.loss_type} does not clip with it; use one of {', '.join(CLIPPED)}"
+        )
+    if options.importance_sampling_level != "token" and options.loss_type in ("gmpo", "vespo"):
+        problems.append(
+            f"importance_sampling_level={options.importance_sampling_level!r}: {options.loss_type} has a ratio of its own"
+        )
+    if options.beta == 0:
+        for name, default in (("kl_ctrl", "fixed"), ("sync_ref_model", False), ("use_bias_correction_kl", False)):
+            if getattr(options, name) != default:
+                problems.append(f"{name}={getattr(options, name)!r}: there is no KL term while beta is 0")
+    if options.adv_estimator != "grpo":
+        for name, default in (("scale_rewards", "group"), ("multi_objective_aggregation", "sum_then_normalize")):
+            if getattr(options, name) != default:
+                problems.append(
+                    f"{name}={getattr(options, name)!r}: adv_estimator {options.adv_estimator} does not use it"
+                )
     if options.entropy_coef_min > options.entropy_coef_max:
         problems.append(
             f"entropy_coef_min={options.entropy_coef_min} is above entropy_coef_max={options.entropy_coef_max}"

@@ -61,6 +61,9 @@ def _clipped(terms: Terms, options: GRPOOptions, per_row: bool) -> tuple[RowsOrT
     rho = terms.ratio if bounds.delta is None else jnp.minimum(terms.ratio, bounds.delta)
     below, above = rho < 1 - bounds.low, rho > 1 + bounds.high
     metrics = clip_fractions(below, above, terms.advantages, terms.mask, per_row)
+    if bounds.delta is not None:
+        held = (terms.ratio > bounds.delta) & (terms.advantages < 0)
+        metrics["pg_clipfrac_lower"] = mean_over(held, terms.mask, per_row)
     return clipped_surrogate(terms, bounds), metrics
 
 
@@ -285,7 +288,8 @@ def _row_means(options: GRPOOptions, token_advantages: bool) -> set[str]:
     if not token_advantages:
         names.add("vespo/phi_seq_mean")
         if options.importance_sampling_level == "sequence" and options.loss_type != "gmpo":
-            names |= {f"clip_ratio/{name}_mean" for name in ("low", "high", "region")} | {"cispo_clip_ratio"}
+            names |= {f"clip_ratio/{name}_mean" for name in ("low", "high", "region")}
+            names |= {"cispo_clip_ratio", "pg_clipfrac_lower"}
     if WEIGHT_MODES[options.importance_sampling_mode][0]:
         names |= {f"sampling/{raw}importance_sampling_ratio/mean" for raw in ("", "raw_")}
     return names

@@ -12,6 +12,8 @@ from jaxmllm.errors import InputError
 from jaxmllm.losses.grpo_options import GRPOOptions
 from jaxmllm.losses.logprobs import Sampling
 from jaxmllm.model.lora import LoRAConfig
+from jaxmllm.tasks import answers
+from jaxmllm.tasks.detection import Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,8 @@ class DataConfig:
     eval: tuple[str, ...] = ()  # evaluated at eval_steps and at both ends
     eval_samples: int = 256  # records of each eval source
     style: str = "qwen2_5_vl"  # how answers are written: qwen2_5_vl (JSON, resized pixels) or qwen2_vl (tokens, 0-1000)
-    thinking: bool = False  # answers are <think>..</think><answer>..</answer>
+    thinking: bool = False  # answers are <think>..</think><answer>..</answer>; question and system turn ask for it
+    system: str | None = None  # system turn of training prompts; None: the template's own (with `thinking`: R1's)
     min_pixels: int | None = None  # of a resized image; None: the checkpoint's
     max_pixels: int | None = None
     max_prompt_length: int = 1024  # tokens, vision included; a longer prompt is an error
@@ -59,17 +62,39 @@ class RolloutConfig:
     top_k: int = 0
     min_p: float | None = None
     repetition_penalty: float = 1.0
-    reward_funcs: tuple[str, ...] = ("task",)  # "task": the record's own; otherwise module:function
-    reward_timeout: float = 10.0  # seconds a reward may take for one completion
-    reward_processes: int = 0  # processes that compute rewards; 0: in the main one (no time limit)
+    # "task": the record's own; "soft_overlong", "repetition": of the tokens, see below; otherwise module:function
+    reward_funcs: tuple[str, ...] = ("task",)  # their weights: grpo.reward_weights
+    reward_rules: Literal["corrected", "released"] = "corrected"  # of "task"; released: Perception-R1's, bugs included
+    reward_matching: Literal["hungarian", "order"] = "hungarian"  # of "task": paired optimally, or as they are listed
+    detection: Weights = Weights()  # terms of the detection reward
+    soft_punish_cache: int = 0  # of "soft_overlong": tokens before the limit where the punishment begins
+    repetition_n_grams: int = 3  # of "repetition": tokens
+    repetition_max_penalty: float = -1.0  # of "repetition": for an answer that is one n-gram over and over
+    reward_timeout: float = 10.0  # seconds a reward may take for one completion, where it runs in processes
+    reward_processes: int | None = (
+        None  # 0: rewards in the main one, without limit; None: 2 where one is module:function
+    )
+    reward_errors: Literal["stop", "skip"] = "stop"  # what one that raises or hangs does; skip: left out and counted
     num_iterations: int = 1  # passes over each rollout
     steps_per_generation: int = 1  # updates a pass: the rollout's prompts are cut into so many batches
-    soft_punish_cache: int = 0  # tokens before the limit where the overlong punishment begins; 0: none
+    filter_groups: bool = False  # DAPO's dynamic sampling: groups whose rewards do not differ make room for others
+    max_num_gen_batches: int = 10  # batches drawn for one rollout; what then is missing is filled with such groups
 
     def sampling(self, banned: tuple[int, ...]) -> Sampling:
         return Sampling(
             self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, banned
         ).validate()
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """How the model is asked in evaluations: greedily, in the style that it is trained in."""
+
+    max_new_tokens: int | None = None  # None: grpo.max_completion_length
+    system: str | None = None  # system turn; None: the template's own (with data.thinking: R1's)
+    wording: Literal["train", "evaluation"] = "train"  # of questions whose published evaluation asks in other words
+    rules: Literal["corrected", "released"] = "corrected"  # how answers are read
+    repetition_penalty: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +129,7 @@ class TrainConfig:
     optim: OptimConfig = OptimConfig()
     rollout: RolloutConfig = RolloutConfig()
     grpo: GRPOOptions = GRPOOptions()
+    evaluation: EvaluationConfig = EvaluationConfig()
     loss_norm: Literal["sample", "token"] = "token"  # SFT: see jaxmllm.losses.supervised
     mesh: MeshConfig = MeshConfig()
     sample_mesh: MeshConfig | None = None  # layout of the same devices while sampling; None: as in training
@@ -111,11 +137,13 @@ class TrainConfig:
     eval_steps: int = 0  # evaluate every so many updates; 0: only before and after
     save_steps: int = 100
     save_total_limit: int = 2
-    metric_for_best_model: str = ""  # "<eval source>/<metric>", larger is better; empty: keep the latest only
+    metric_for_best_model: str = ""  # "<eval source>/<metric>"; its best checkpoint is kept too. Empty: the latest only
+    load_best_model_at_end: bool = False  # the last evaluation and the export are of that checkpoint
     completions_steps: int = 10  # write sampled completions every so many updates
     save_pictures: int = 8  # pictures of each evaluation kept for the report
     export: bool = True  # write a Hugging Face folder at the end
     profile: bool = False  # write a trace of the third to fifth update to run_dir/profile
+    report_to: tuple[str, ...] = ("tensorboard",)  # besides metrics.jsonl: tensorboard, wandb; all: those installed
 
     @property
     def run_dir(self) -> Path:
@@ -137,20 +165,17 @@ class TrainConfig:
             problems.append(f"optim.learning_rate = {self.optim.learning_rate}: must be above 0")
         if self.data.weights and len(self.data.weights) != len(self.data.train):
             problems.append(f"data.weights: {len(self.data.weights)} weights for {len(self.data.train)} sources")
+        best, tokens = self.metric_for_best_model, self.evaluation.max_new_tokens
+        if best and not (self.eval_steps and self.data.eval):
+            problems.append(f"metric_for_best_model = {best!r}: needs eval_steps and data.eval to be measured")
+        if self.load_best_model_at_end and not best:
+            problems.append("load_best_model_at_end: name the metric in metric_for_best_model")
+        if tokens is not None and tokens < 1:
+            problems.append(f"evaluation.max_new_tokens = {tokens}: must be at least 1")
+        if self.data.style not in answers.STYLES:
+            problems.append(f"data.style = {self.data.style!r}: use one of {', '.join(answers.STYLES)}")
         if self.method == "grpo":
-            batch = self.batch_size * self.grpo.num_generations
-            try:
-                self.grpo.validate(batch, len(self.rollout.reward_funcs))
-            except ValueError as error:
-                problems += [f"grpo.{line}" for line in str(error).splitlines()]
-            sampling = self.rollout
-            if self.grpo.beta > 0 and (sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p):
-                problems.append(
-                    f"grpo.beta = {self.grpo.beta}: a KL term needs the whole distribution, a reference that could not have "
-                    "drawn a token is infinitely far; set rollout.top_p 1, top_k 0 and min_p None, or beta 0"
-                )
-            if not self.grpo.max_completion_length:
-                problems.append("grpo.max_completion_length: a rollout needs a length in tokens")
+            problems += self._rollout_problems()
         for part in (self.lora, self.rollout.sampling(()) if self.method == "grpo" else None):
             try:
                 if part is not None:
@@ -160,6 +185,45 @@ class TrainConfig:
         if problems:
             raise InputError(f"config {self.name!r}:\n  " + "\n  ".join(problems))
         return self
+
+    def _rollout_problems(self) -> list[str]:
+        rollout, grpo = self.rollout, self.grpo
+        problems = []
+        try:
+            grpo.validate(self.batch_size * grpo.num_generations, len(rollout.reward_funcs))
+        except ValueError as error:
+            problems += [f"grpo.{line}" for line in str(error).splitlines()]
+        if grpo.beta > 0 and (rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p):
+            problems.append(
+                f"grpo.beta = {grpo.beta}: a KL term needs the whole distribution, a reference that could not have "
+                "drawn a token is infinitely far; set rollout.top_p 1, top_k 0 and min_p None, or beta 0"
+            )
+        if rollout.temperature == 0:
+            problems.append("rollout.temperature = 0: the completions of a group would all be the same")
+        if grpo.sync_ref_model and self.lora is not None:
+            problems.append("grpo.sync_ref_model: with lora the reference is the model without adapters, which stays")
+        length = grpo.max_completion_length or 0
+        if length < 1:
+            problems.append("grpo.max_completion_length: a rollout needs a length in tokens")
+        names = rollout.reward_funcs
+        if not names or len(set(names)) != len(names):
+            problems.append(f"rollout.reward_funcs = {names}: name each function once, and at least one")
+        for name in ("num_iterations", "steps_per_generation", "max_num_gen_batches", "repetition_n_grams"):
+            if getattr(rollout, name) < 1:
+                problems.append(f"rollout.{name} = {getattr(rollout, name)}: must be at least 1")
+        if rollout.repetition_max_penalty > 0:
+            problems.append(f"rollout.repetition_max_penalty = {rollout.repetition_max_penalty}: must not be positive")
+        cache = rollout.soft_punish_cache
+        if ("soft_overlong" in names) != (0 < cache <= length):
+            problems.append(
+                f"rollout.soft_punish_cache = {cache}: goes with soft_overlong in rollout.reward_funcs, and lies in "
+                f"1..grpo.max_completion_length = {length}"
+            )
+        if rollout.reward_timeout <= 0:
+            problems.append(f"rollout.reward_timeout = {rollout.reward_timeout}: must be above 0 seconds")
+        if rollout.reward_rules == "released" and self.data.thinking:
+            problems.append("rollout.reward_rules = 'released': the released rewards know no thinking format")
+        return problems
 
 
 def load_config(path: str | Path) -> TrainConfig:

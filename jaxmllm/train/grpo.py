@@ -12,20 +12,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmllm import distributed
-from jaxmllm.data.pipeline import Batch
-from jaxmllm.losses.advantages import completion_metrics, estimate_advantages, reward_metrics, soft_overlong_punishment
+from jaxmllm.data.pipeline import Batch, join_prompts
+from jaxmllm.losses.advantages import (
+    completion_metrics,
+    dynamic_sampling_keep,
+    estimate_advantages,
+    reward_metrics,
+    weighted_rewards,
+)
 from jaxmllm.losses.grpo_options import GRPOOptions
-from jaxmllm.losses.schedules import adaptive_entropy_coef, applied_entropy_coef, sync_reference
+from jaxmllm.losses.schedules import adaptive_entropy_coef, adaptive_kl_coef, applied_entropy_coef, sync_reference
 from jaxmllm.mesh import shard_batch
 from jaxmllm.rollout import layout, sampler
+from jaxmllm.train import rewards
 from jaxmllm.train.config import TrainConfig
 from jaxmllm.train.optim import join, split
-from jaxmllm.train.rewards import Rewards
 from jaxmllm.train.step import Rollout, encode_jit, grpo_step, score_jit
-from jaxmllm.types import Completions
+from jaxmllm.types import Completions, Prompts
 
 if TYPE_CHECKING:
     from jaxmllm.train.setup import Run
+
+
+@dataclasses.dataclass
+class Group:
+    """G completions of one prompt, on the host."""
+
+    record: dict[str, Any]
+    tokens: np.ndarray  # [G, T]
+    logps: np.ndarray  # [G, T]
+    lengths: np.ndarray  # [G]
+    stopped: np.ndarray  # [G]
+    texts: list[str]
+    rewards: np.ndarray  # [G, K]
+    parts: list[dict[str, float]]
 
 
 @dataclasses.dataclass
@@ -41,6 +61,19 @@ class Drawn:
     metrics: dict[str, Any]
 
 
+class Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.at = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.at
+        self.at = now
+
+
 keys_of_rows = jax.jit(sampler.row_keys, static_argnums=2)
 SHORTEST = 16  # tokens a completion is cut to at least
 
@@ -50,6 +83,12 @@ def _estimate(rewards, lengths, stopped, names: tuple[str, ...], options: GRPOOp
     """(advantages, metrics), in one program: op by op it would be hundreds."""
     advantages, metrics = estimate_advantages(rewards, options)
     return advantages, metrics | reward_metrics(rewards, list(names)) | completion_metrics(lengths, stopped)
+
+
+def differing(groups: list[Group], options: GRPOOptions) -> list[bool]:
+    """Which groups have rewards that differ: the others teach nothing (DAPO's dynamic sampling)."""
+    table = jnp.asarray(np.concatenate([group.rewards for group in groups]), jnp.float32)
+    return dynamic_sampling_keep(weighted_rewards(table, options.reward_weights), options.num_generations).tolist()
 
 
 def cut_length(longest: int, limit: int) -> int:
@@ -74,7 +113,9 @@ def judge(
 
     rewards, lengths, parts = jnp.asarray(joined("table"), jnp.float32), joined("lengths"), joined("parts")
     estimated, metrics = _estimate(rewards, jnp.asarray(lengths), jnp.asarray(joined("stopped")), tuple(names), options)
-    metrics["num_tokens"] = sum(one["prompt_tokens"] for one in every) + sum(lengths)
+    metrics["num_tokens"] = sum(one["tokens"] for one in every)
+    for name in every[0]["counts"]:
+        metrics[name] = sum(one["counts"][name] for one in every)
     for part in sorted({name for row in parts for name in row if name != "reward"}):
         metrics[f"rewards/{part}/mean"] = np.nanmean([row.get(part, np.nan) for row in parts])
     return np.asarray(estimated), metrics
@@ -85,101 +126,146 @@ class GRPO:
 
     def __init__(self, config: TrainConfig):
         self.config, self.options = config, config.grpo
-        style = {"style": config.data.style, "thinking": config.data.thinking}
-        rollout = config.rollout
-        self.rewards = Rewards(
-            rollout.reward_funcs, style, processes=rollout.reward_processes, timeout=rollout.reward_timeout
-        )
-        self.entropy_coef: Any = jnp.asarray(config.grpo.entropy_coef)
-        self.entropy: Any = jnp.asarray(jnp.inf)
+        self.rewards = rewards.of_config(config)
+        # float32 from the start: another type would be another program
+        self.kl_coef: Any = jnp.asarray(config.grpo.beta, jnp.float32)
+        self.entropy_coef: Any = jnp.asarray(config.grpo.entropy_coef, jnp.float32)
+        self.entropy: Any = jnp.asarray(jnp.inf, jnp.float32)
         self.last: Drawn | None = None  # for the table of completions
         self.copy: Any = None  # the program that makes the sampler's parameters, when it needs its own
 
     def __call__(self, run: Run, batch: Batch) -> dict[str, Any]:
         drawn, seconds = self.draw(run, batch)
+        self.last = drawn
         started = time.perf_counter()
         metrics = self.update(run, drawn.rollout)
         jax.block_until_ready(run.state.step)
         seconds["update"] = time.perf_counter() - started
-        self.last = drawn
         return drawn.metrics | metrics | {f"seconds/{name}": value for name, value in seconds.items()}
 
     def draw(self, run: Run, batch: Batch) -> tuple[Drawn, dict[str, float]]:
-        """Samples, rewards and advantages; and the seconds each took."""
-        model, options, g = run.model, self.options, self.options.num_generations
-        clock, seconds = time.perf_counter(), {}
+        """Samples, rewards and advantages; and the seconds each took. Dynamic sampling takes further batches from `run`."""
+        clock, options, wanted = Clock(), self.options, len(batch.records)
+        prompts, vision_tokens = self.encode(run, batch.prompts, clock)
+        groups, missed = self.groups(run, batch, 0, (prompts, vision_tokens), clock)
+        drawn, inputs, tokens = len(groups), [batch.prompts], int(batch.prompts.lengths.sum())
+        tokens += sum(int(group.lengths.sum()) for group in groups)
+        if self.config.rollout.filter_groups:
+            picks = [(0, row) for row in range(wanted)]
+            keep = differing(groups, options)
+            while (
+                not all(distributed.from_all(sum(keep) >= wanted))
+                and len(inputs) < self.config.rollout.max_num_gen_batches
+            ):
+                more = next(run.batches)
+                device = self.encode(run, more.prompts, clock)
+                found, also_missed = self.groups(run, more, len(inputs), device, clock)
+                picks += [(len(inputs), row) for row in range(len(found))]
+                inputs, groups, missed = [*inputs, more.prompts], groups + found, missed + also_missed
+                keep += differing(found, options)
+                drawn += len(found)
+                tokens += int(more.prompts.lengths.sum()) + sum(int(group.lengths.sum()) for group in found)
+            # those that teach, in the order they were drawn; where too few were found, others whose advantage is 0
+            chosen = sorted(range(len(groups)), key=lambda k: not keep[k])[:wanted]
+            groups = [groups[k] for k in chosen]
+            if len(inputs) > 1:
+                unit = run.model.cfg.vision.spatial_merge_size**2
+                whole = join_prompts(inputs, [picks[k] for k in chosen], unit)
+                prompts, vision_tokens = self.encode(run, whole, clock)
+        counts: dict[str, float] = {}
+        if self.config.rollout.filter_groups:
+            counts |= {"filter_groups/drawn": drawn, "filter_groups/kept": sum(keep)}
+        if self.config.rollout.reward_errors == "skip":
+            counts["rewards/failed"] = missed
+        known = {"tokens": tokens, "counts": counts}
+        return self.assemble(run, groups, prompts, vision_tokens, known, clock), clock.seconds
 
-        def lap(name: str) -> None:
-            nonlocal clock
-            now = time.perf_counter()
-            seconds[name], clock = now - clock, now
-
-        params, cfg = run.state.params, model.cfg
-        prompts = shard_batch(batch.prompts, run.mesh)
-        vision_tokens = None
-        if prompts.vision is not None and run.frozen_tower:
+    def encode(self, run: Run, prompts: Prompts, clock: Clock) -> tuple[Prompts, Any]:
+        """Prompts on the mesh; with a frozen tower its output instead of pictures."""
+        on_mesh, vision_tokens = shard_batch(prompts, run.mesh), None
+        if on_mesh.vision is not None and run.frozen_tower:
             # encoded once: sampling, reference and update read the same tokens
-            vision_tokens = jax.block_until_ready(encode_jit(params, cfg, prompts.vision))
-            prompts = prompts.replace(vision=None)
-        lap("encode")
-        sampling_params, (sampled_prompts, sampled_vision) = self.for_sampling(run, (prompts, vision_tokens))
-        lap("relayout")
-        sampling = self.sampling(run)
+            vision_tokens = jax.block_until_ready(encode_jit(run.state.params, run.model.cfg, on_mesh.vision))
+            on_mesh = on_mesh.replace(vision=None)
+        clock.lap("encode")
+        return on_mesh, vision_tokens
+
+    def groups(
+        self, run: Run, batch: Batch, number: int, rows: tuple[Prompts, Any], clock: Clock
+    ) -> tuple[list[Group], int]:
+        """G rewarded completions of every prompt of this process, and how many rewards failed.
+
+        `number`: batch of this rollout, so that each draws its own randomness.
+        """
+        model, g = run.model, self.options.num_generations
+        params, (prompts, vision_tokens) = self.for_sampling(run, rows)
+        clock.lap("relayout")
         step_key = jax.random.fold_in(jax.random.key(self.config.seed), int(run.state.step))
         block, _ = distributed.row_block(run.mesh)
-        first = block * len(batch.records)
+        first = number * self.config.batch_size + block * len(batch.records)
         ids = shard_batch(np.arange(first, first + len(batch.records), dtype=np.int32), run.mesh)
         samples = sampler.sample(
-            sampling_params,
-            cfg,
-            sampled_prompts,
+            params,
+            model.cfg,
+            prompts,
             layout.move_rows(keys_of_rows(step_key, ids, g), run.sample_mesh),
-            sampling,
-            max_new_tokens=options.max_completion_length,
+            self.sampling(run),
+            max_new_tokens=self.options.max_completion_length,
             stop_ids=model.stop_ids,
             pad_id=model.pad_id,
-            vision_tokens=sampled_vision,
+            vision_tokens=vision_tokens,
         )
-        del sampling_params, sampled_prompts, sampled_vision  # the copy's memory belongs to the update
-        samples = layout.move_rows(samples, run.mesh)
-        host = distributed.local_rows(samples)
-        lap("sample")
+        del params, prompts, vision_tokens  # the copy's memory belongs to the update
+        host = distributed.local_rows(layout.move_rows(samples, run.mesh))
+        clock.lap("sample")
 
         lengths, stopped = host.lengths.reshape(-1), host.stopped.reshape(-1)
-        rows = host.tokens.reshape(len(lengths), -1)
-        spoken = [row[: n - int(end)].tolist() for row, n, end in zip(rows, lengths, stopped, strict=True)]
+        written = [row[:n].tolist() for row, n in zip(host.tokens.reshape(len(lengths), -1), lengths, strict=True)]
+        spoken = [row[: len(row) - int(end)] for row, end in zip(written, stopped, strict=True)]
         texts = model.tokenizer.batch_decode(spoken, skip_special_tokens=False)
-        records = [record for record in batch.records for _ in range(g)]
-        table, parts = self.rewards(texts, records)
-        names = list(self.rewards.names)
-        if self.config.rollout.soft_punish_cache:
-            limit = options.max_completion_length
-            punished = soft_overlong_punishment(lengths.tolist(), limit, self.config.rollout.soft_punish_cache)
-            table, names = np.column_stack([table, punished]), [*names, "soft_overlong"]
+        # the released rewards look for the end token
+        released = self.config.rollout.reward_rules == "released"
+        judged = model.tokenizer.batch_decode(written, skip_special_tokens=False) if released else texts
+        table, parts = self.rewards(judged, [record for record in batch.records for _ in range(g)], written)
+        found = []
+        for row, record in enumerate(batch.records):
+            own = slice(row * g, (row + 1) * g)
+            arrays = (x[row] for x in (host.tokens, host.logps, host.lengths, host.stopped))
+            found.append(Group(record, *arrays, texts[own], table[own], parts[own]))
+        clock.lap("reward")
+        return found, self.rewards.failed
+
+    def assemble(
+        self, run: Run, groups: list[Group], prompts: Prompts, vision_tokens: Any, known: dict[str, Any], clock: Clock
+    ) -> Drawn:
+        """The rollout of these groups. `known`: what else is told about the batch, see `judge`."""
+        options, b, g = self.options, len(groups), self.options.num_generations
+        lengths, stopped = (
+            np.concatenate([getattr(group, name) for group in groups]) for name in ("lengths", "stopped")
+        )
+        table, parts = np.concatenate([group.rewards for group in groups]), [p for group in groups for p in group.parts]
         told = {
             "table": np.asarray(table, np.float64).tolist(),
             "lengths": lengths.tolist(),
             "stopped": stopped.tolist(),
             "parts": parts,
-            "prompt_tokens": int(batch.prompts.lengths.sum()),
         }
-        weights = options.reward_weights and (*options.reward_weights, 1.0)[: len(names)]
-        estimated, metrics = judge(told, block, names, dataclasses.replace(options, reward_weights=weights))
-        lap("reward")
+        block, _ = distributed.row_block(run.mesh)
+        estimated, metrics = judge(told | known, block, list(self.rewards.names), options)
+        clock.lap("reward")
 
         # what nobody wrote costs nothing in scoring and update
-        width = cut_length(int(metrics["completions/max_length"]), rows.shape[1])
+        width = cut_length(int(metrics["completions/max_length"]), groups[0].tokens.shape[1])
         counted = np.arange(width) < lengths[:, None]
         if options.mask_truncated_completions:
             counted &= stopped[:, None]
-        b = len(batch.records)
-        tokens, logps = samples.tokens[:, :, :width], samples.logps[:, :, :width]
+        logps = shard_batch(np.stack([group.logps[:, :width] for group in groups]), run.mesh)
         completions = Completions(
-            tokens=tokens,
-            lengths=samples.lengths,
+            tokens=shard_batch(np.stack([group.tokens[:, :width] for group in groups]), run.mesh),
+            lengths=shard_batch(lengths.reshape(b, g), run.mesh),
             weights=shard_batch(counted.reshape(b, g, -1).astype(np.float32), run.mesh),
         )
-        advantages = estimated[first * g : (first + b) * g]
+        advantages = estimated[block * b * g : (block + 1) * b * g]
         rollout = Rollout(
             prompts=prompts,
             completions=completions,
@@ -190,8 +276,9 @@ class GRPO:
             ref_logps=self.reference_logps(run, prompts, completions, vision_tokens),
             sampling_logps=logps,
         )
-        lap("score")
-        return Drawn(rollout, texts, records, table, advantages, parts, metrics), seconds
+        clock.lap("score")
+        records = [group.record for group in groups for _ in range(g)]
+        return Drawn(rollout, [t for group in groups for t in group.texts], records, table, advantages, parts, metrics)
 
     def for_sampling(self, run: Run, rows: Any) -> tuple[Any, Any]:
         """Parameters and rows as the sampler wants them: the trainer's own where both layouts and types agree."""
@@ -221,26 +308,42 @@ class GRPO:
 
     def update(self, run: Run, rollout: Rollout) -> dict[str, Any]:
         """`num_iterations` passes of `steps_per_generation` updates; metrics are means over them."""
-        options, cuts = self.options, self.config.rollout.steps_per_generation
+        cuts = self.config.rollout.steps_per_generation
         seen = []
         for _ in range(self.config.rollout.num_iterations):
             for cut in range(cuts):
                 part = rollout if cuts == 1 else jax.tree.map(lambda x, cut=cut: x[cut::cuts], rollout)
-                coefficient = None
-                if options.use_adaptive_entropy:
-                    coefficient = applied_entropy_coef(self.entropy_coef, self.entropy, options.entropy_target)
                 run.state, metrics = grpo_step(
-                    run.state, part, coefficient, update=run.update, options=options, sampling=self.sampling(run)
+                    run.state,
+                    part,
+                    *self.coefficients(),
+                    update=run.update,
+                    options=self.options,
+                    sampling=self.sampling(run),
                 )
                 seen.append(metrics)
-                if options.use_adaptive_entropy:
-                    self.entropy = metrics["entropy_kept"]
-                    bounds = (options.entropy_coef_delta, options.entropy_coef_min, options.entropy_coef_max)
-                    self.entropy_coef = adaptive_entropy_coef(
-                        self.entropy_coef, self.entropy, options.entropy_target, *bounds
-                    )
+                self.adapt(metrics, part.advantages.size)
                 self.sync(run)
         return seen[0] if len(seen) == 1 else jax.tree.map(lambda *x: jnp.mean(jnp.stack(x)), *seen)
+
+    def coefficients(self) -> tuple[Any, Any]:
+        """(entropy_coef, beta) of the next update; None where the options' constants hold."""
+        options, entropy = self.options, None
+        if options.use_adaptive_entropy:
+            entropy = applied_entropy_coef(self.entropy_coef, self.entropy, options.entropy_target)
+        return entropy, self.kl_coef if options.kl_ctrl == "adaptive" else None
+
+    def adapt(self, metrics: dict[str, Any], completions: int) -> None:
+        """Moves the adaptive coefficients after an update on so many completions."""
+        options = self.options
+        if options.kl_ctrl == "adaptive":
+            self.kl_coef = adaptive_kl_coef(
+                self.kl_coef, metrics["kl"], options.target_kl, completions, options.horizon
+            )
+        if options.use_adaptive_entropy:
+            self.entropy = metrics["entropy_kept"]
+            bounds = (options.entropy_coef_delta, options.entropy_coef_min, options.entropy_coef_max)
+            self.entropy_coef = adaptive_entropy_coef(self.entropy_coef, self.entropy, options.entropy_target, *bounds)
 
     def sync(self, run: Run) -> None:
         """Moves the reference towards the policy every `ref_model_sync_steps` updates."""
@@ -253,10 +356,12 @@ class GRPO:
 
     def get_state(self) -> dict[str, float]:
         """What an update reads besides `TrainState`: JSON, for the checkpoint."""
-        return {"entropy_coef": float(self.entropy_coef), "entropy": min(float(self.entropy), 1e30)}
+        state = {"kl_coef": self.kl_coef, "entropy_coef": self.entropy_coef}
+        return {name: float(value) for name, value in state.items()} | {"entropy": min(float(self.entropy), 1e30)}
 
     def set_state(self, state: dict[str, float]) -> None:
-        self.entropy_coef, self.entropy = jnp.asarray(state["entropy_coef"]), jnp.asarray(state["entropy"])
+        for name, value in state.items():
+            setattr(self, name, jnp.asarray(value, jnp.float32))
 
     def close(self) -> None:
         self.rewards.close()

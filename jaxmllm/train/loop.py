@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxmllm import distributed
 from jaxmllm.errors import InputError
-from jaxmllm.eval import harness
+from jaxmllm.eval import harness, measure
 from jaxmllm.model import hf, lora
 from jaxmllm.runfiles import claim
 from jaxmllm.train.checkpoint import Checkpoints
@@ -24,12 +24,14 @@ from jaxmllm.train.config import TrainConfig
 from jaxmllm.train.grpo import GRPO
 from jaxmllm.train.metrics import MetricsWriter, record_start
 from jaxmllm.train.profiling import Trace
-from jaxmllm.train.setup import Run, build, eval_sources, generator, host_scalars
+from jaxmllm.train.setup import Run, build, eval_options, eval_sources, generator, host_scalars
 from jaxmllm.train.warmup import HEADS
 
 log = logging.getLogger(__name__)
 # may differ when a run goes on: they do not enter the numbers of an update
 FREE_FIELDS = ("max_seconds", "output_dir", "logging_steps", "save_steps", "save_total_limit", "export", "data.workers")
+FREE_FIELDS += ("report_to", "data.max_bad_records", "optim.max_nonfinite_steps", "rollout.reward_errors")
+FREE_FIELDS += ("rollout.reward_processes", "rollout.reward_timeout")
 FREE_FIELDS += ("profile", "mesh", "sample_mesh")  # another machine: the same numbers up to rounding
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, start the same command again
 Progress = Callable[[int, dict[str, float]], None]  # called with (updates done, metrics) at every logged update
@@ -77,9 +79,12 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     run = build(config)
     sources = eval_sources(config, run.model.processor)
     with distributed.one_after_another():
-        claim(config.run_dir, config, FREE_FIELDS)
+        claim(config.run_dir, config, FREE_FIELDS, defaults=TrainConfig(config.name))
     checkpoints = Checkpoints(
-        config.run_dir / "checkpoints", keep=config.save_total_limit, best_metric=config.metric_for_best_model
+        config.run_dir / "checkpoints",
+        keep=config.save_total_limit,
+        best_metric=config.metric_for_best_model,
+        larger_is_better=best_direction(config.metric_for_best_model, sources) > 0,
     )
     trained_seconds, seen_tokens, resumed = 0.0, 0.0, checkpoints.restore(run.state)
     if resumed is not None:
@@ -93,10 +98,12 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     writer = MetricsWriter(
         config.run_dir,
         resume_step=start if resumed is not None else None,
+        report_to=config.report_to,
         completions_steps=config.completions_steps,
         enabled=jax.process_index() == 0,
         config=config,
     )
+    nonfinite: list[Any] = []  # of the updates since the last logged one
     failed, steady = 0, None
     began = time.monotonic() - trained_seconds
     trace = Trace(config.run_dir / "profile", start, config.profile)
@@ -113,7 +120,12 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     with writer, trace, contextlib.closing(checkpoints), contextlib.closing(run.batches), contextlib.closing(run.step):
         with stop_flag() as stop:
             if sources and start == 0:
-                evaluate(run, sources, "before")
+                found = evaluate(run, sources, "before")
+                if config.metric_for_best_model and config.metric_for_best_model not in found:
+                    raise InputError(
+                        f"metric_for_best_model = {config.metric_for_best_model!r}: not measured; use one of "
+                        + ", ".join(found)
+                    )
             step = start
             while step < config.max_steps and not stop:
                 if distributed.told_to_stop(step):
@@ -127,8 +139,12 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
                 waited = time.perf_counter() - clock
                 metrics = run.step(run, batch)
                 step = int(run.state.step)
+                nonfinite.append(metrics.get("nonfinite", 0.0))
                 if step % config.logging_steps == 0 or step >= config.max_steps:
-                    metrics = host_scalars(metrics)
+                    skipped = [bool(flag) for flag in jax.device_get(nonfinite)]
+                    failed = trailing(failed, skipped)
+                    nonfinite.clear()
+                    metrics = host_scalars(metrics) | {"nonfinite": float(sum(skipped))}
                     seconds = time.perf_counter() - clock
                     # GRPO reports its phases itself; any other step is one program
                     metrics = {"seconds/update": seconds - waited} | metrics
@@ -142,14 +158,11 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
                         metrics["seconds/left"] = pace * (config.max_steps - step)
                     steady = steady or (step, time.perf_counter())
                     writer.log(step, metrics)
-                    failed = failed + 1 if metrics.get("nonfinite") else 0
                     if failed >= config.optim.max_nonfinite_steps:
-                        np.savez(
-                            config.run_dir / f"nonfinite_{step}.npz", *map(np.asarray, jax.tree.leaves(batch.prompts))
-                        )
+                        path = save_batch(run, batch, config.run_dir / f"nonfinite_{step}.npz")
                         raise InputError(
                             f"{failed} updates in a row had a NaN or infinite gradient and were skipped; the last batch is "
-                            f"in {config.run_dir}/nonfinite_{step}.npz. Lower optim.learning_rate or look at the data"
+                            f"in {path}. Lower optim.learning_rate or look at the data"
                         )
                     if progress is not None:
                         progress(step, metrics)
@@ -165,6 +178,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
         if stop:
             checkpoints.wait()
             raise Interrupted(f"{stop[0]}: saved update {step}; start the same command again to go on")
+        if config.load_best_model_at_end:
+            run.state = checkpoints.best(run.state)
         if sources:
             evaluate(run, sources, "after")
     if config.export:
@@ -172,11 +187,44 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     return config.run_dir
 
 
+def best_direction(metric: str, sources: dict[str, Any]) -> int:
+    """1 where a larger value of "<source>/<figure>" is better, -1 where a smaller one is. InputError for no such source."""
+    if not metric:
+        return 1
+    figure = next((metric[len(name) + 1 :] for name in sources if metric.startswith(f"{name}/")), None)
+    if figure is None:
+        raise InputError(
+            f"metric_for_best_model = {metric!r}: write <source>/<figure>, the sources are {', '.join(sources)}"
+        )
+    return measure.direction(figure) or 1
+
+
+def trailing(before: int, flags: list[bool]) -> int:
+    """How many of the last flags in a row are set, `before` having been set before them."""
+    for flag in flags:
+        before = before + 1 if flag else 0
+    return before
+
+
+def save_batch(run: Run, batch: Any, path: Path) -> Path:
+    """What the last update saw, as .npz: the prompts or warm-up arrays, and of a rollout its completions and advantages."""
+    seen = {"prompts": getattr(batch, "prompts", batch), "completions": getattr(batch, "completions", None)}
+    if isinstance(run.step, GRPO) and run.step.last is not None:
+        rollout = run.step.last.rollout
+        seen |= {"completions": rollout.completions, "advantages": rollout.advantages}
+    leaves = jax.tree_util.tree_leaves_with_path(seen)
+    arrays = {jax.tree_util.keystr(where, simple=True, separator="."): distributed.local_rows(x) for where, x in leaves}
+    np.savez(path, **arrays)
+    return path
+
+
 def evaluate(run: Run, sources: dict[str, Any], name: str) -> dict[str, float]:
     """Greedy evaluation on every source, into run_dir/eval/<name>; goes on with what the folder holds."""
     config = run.config
     out_dir = config.run_dir / "eval" / name
-    if jax.process_count() > 1:  # all generate together, so all go on with the same records; the first one's files are kept
+    if (
+        jax.process_count() > 1
+    ):  # all generate together, so all go on with the same records; the first one's files are kept
         out_dir = distributed.own_copy(out_dir)
     found = harness.evaluate(
         generator(run),
@@ -184,7 +232,8 @@ def evaluate(run: Run, sources: dict[str, Any], name: str) -> dict[str, float]:
         out_dir=out_dir,
         batch_size=max(32, config.batch_size),
         limit=config.data.eval_samples,
-        options=run.asking.options,
+        options=eval_options(config),
+        max_bad_records=config.data.max_bad_records,
         config={"run": str(config.run_dir), "step": int(run.state.step)},
         save_pictures=config.save_pictures,
     )

@@ -21,7 +21,8 @@ from jaxmllm.eval.harness import Generate
 from jaxmllm.mesh import make_mesh, param_shardings
 from jaxmllm.meshes import same_devices
 from jaxmllm.model import lora
-from jaxmllm.train.config import TrainConfig
+from jaxmllm.tasks import answers, ocr
+from jaxmllm.train.config import EvaluationConfig, TrainConfig
 from jaxmllm.train.grpo import GRPO
 from jaxmllm.train.optim import make_optimizer, split
 from jaxmllm.train.step import Update
@@ -40,7 +41,7 @@ class Run:
     state: TrainState
     update: Update
     batches: Any  # iterator with get_state, set_state and close
-    asking: Asking
+    asking: Asking  # in training
     step: GRPO | Supervised | Warmup  # (run, batch) -> metrics; replaces `state`
     sample_mesh: Mesh  # the same devices as `mesh`, laid out for sampling
 
@@ -85,16 +86,45 @@ def eval_sources(config: TrainConfig, processor: Processor) -> dict[str, RecordS
     return found
 
 
+def system_turn(config: TrainConfig, system: str | None) -> str | None:
+    """With thinking, R1's system turn takes the place of the usual ones."""
+    plain = (None, answers.SYSTEM, ocr.SYSTEM)
+    return answers.THINKING_SYSTEM if config.data.thinking and system in plain else system
+
+
+def asking_of(config: TrainConfig) -> Asking:
+    """How training asks."""
+    data = config.data
+    return Asking({"style": data.style, "thinking": data.thinking}, system_turn(config, data.system))
+
+
+def eval_options(config: TrainConfig) -> dict[str, Any]:
+    """Options of the tasks in evaluations; those at default are left out, as in folders of earlier versions."""
+    given = {"wording": config.evaluation.wording, "rules": config.evaluation.rules}
+    usual = EvaluationConfig()
+    rest = {name: value for name, value in given.items() if value != getattr(usual, name)}
+    return {"style": config.data.style, "thinking": config.data.thinking} | rest
+
+
+def eval_asking(config: TrainConfig) -> Asking:
+    """How evaluations ask."""
+    options = {name: value for name, value in eval_options(config).items() if name != "rules"}
+    return Asking(options, system_turn(config, config.evaluation.system))
+
+
 def generator(run: Run) -> Generate:
     """Greedy answers of the current policy to records, for the evaluation harness."""
+    config = run.config
+    asking = eval_asking(config)
 
     def generate(records: Sequence[Mapping[str, Any]]) -> list[str]:
         model = dataclasses.replace(run.model, params=run.state.params)
         answers = api.generate(
             model,
-            [run.asking.conversation(dict(record)) for record in records],
-            max_new_tokens=run.config.grpo.max_completion_length or 512,
+            [asking.conversation(dict(record)) for record in records],
+            max_new_tokens=config.evaluation.max_new_tokens or config.grpo.max_completion_length or 512,
             temperature=0.0,
+            repetition_penalty=config.evaluation.repetition_penalty,
             batch_size=max(len(records), 1),
         )
         return [group[0].text for group in answers]
@@ -149,7 +179,7 @@ def build(config: TrainConfig) -> Run:
     config.validate()
     mesh = build_mesh(config)
     data = config.data
-    asking = Asking({"style": data.style, "thinking": data.thinking})
+    asking = asking_of(config)
     model = load_model(config, mesh)
     state, update = _new_state(config, model, mesh)
     common: dict[str, Any] = dict(

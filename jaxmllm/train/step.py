@@ -119,12 +119,16 @@ def grpo_step(
     state: TrainState,
     rollout: Rollout,
     entropy_coef: Float[Array, ""] | None = None,
+    beta: Float[Array, ""] | None = None,
     *,
     update: Update,
     options: GRPOOptions,
     sampling: Sampling,
 ) -> tuple[TrainState, Metrics]:
-    """One policy update on a rollout; metrics are TRL's, of the whole update."""
+    """One policy update on a rollout; metrics are TRL's, of the whole update.
+
+    `entropy_coef`, `beta`: the coefficients where they are adaptive (verl's `kl_coef` is then logged).
+    """
     count = update.accumulation_steps
     items = jnp.sum(rollout.completions.weights)
     threshold = None
@@ -149,6 +153,7 @@ def grpo_step(
             entropies=_flat(entropies),
             num_items_in_batch=items,
             accumulation_steps=count,
+            beta=beta,
             entropy_coef=entropy_coef,
             entropy_threshold=threshold,
         )
@@ -160,6 +165,8 @@ def grpo_step(
     state, loss, metrics = apply_gradients(state, update, loss_fn, rollout)
     once = {name: metrics.pop(name)[0] for name in ("grad_norm", "nonfinite")}
     pooled = pool_metrics(metrics, metrics.pop("counted"), options)
+    if beta is not None:
+        once["kl_coef"] = beta
     return state, pooled | once | {"loss": loss}
 
 
