@@ -299,7 +299,7 @@ def test_what_is_printed(whole, capsys):
         assert word.lower() in text.lower(), word
     found = json.loads(json.dumps(report.as_json(whole)))
     assert found["fits"] and found["phases"][4]["name"] == "update"
-    assert report.markdown([whole]).splitlines()[2].startswith("| tiny | here | 8 | yes |")
+    assert report.markdown([report.as_json(whole)]).splitlines()[2].startswith("| tiny | here | 8 | yes |")
 
 
 def test_what_does_not_fit(whole):

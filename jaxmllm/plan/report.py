@@ -77,18 +77,19 @@ def show(found: Plan, console: Any) -> None:
         console.print(f"does not fit: {line}")
 
 
-def markdown(plans: list[Plan]) -> str:
-    """One row a plan."""
+def markdown(plans: list[dict[str, Any]]) -> str:
+    """One row a plan, given as `as_json` returns it."""
     lines = [
         "| model | mesh | microbatch | fits | peak GiB of | iteration | update | bound by | update MFU |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in plans:
-        peak = max(phase.peak for phase in one.phases)
-        update = one.phase("update")
+        peak = max(float(phase["peak"]) for phase in one["phases"])  # inf and nan are strings in JSON
+        update = next(phase for phase in one["phases"] if phase["name"] == "update")
+        seconds, mfu = float(update["seconds"]), float(update["mfu"])
         lines.append(
-            f"| {one.model.rpartition('/')[2]} | {one.mesh} | {one.microbatch} | {'yes' if one.fits else 'no'} "
-            f"| {peak / GIB:.1f} of {one.capacity / GIB:.1f} | {_time(one.seconds)} | {_time(update.seconds)} "
-            f"| {update.bound} | {100 * update.mfu:.0f} % |"
+            f"| {one['model'].rpartition('/')[2]} | {one['mesh']} | {one['microbatch']} | {'yes' if one['fits'] else 'no'} "
+            f"| {peak / GIB:.1f} of {one['capacity'] / GIB:.1f} | {_time(float(one['seconds']))} | {_time(seconds)} "
+            f"| {update['bound'] or '-'} | {'-' if mfu != mfu else f'{100 * mfu:.0f} %'} |"
         )
     return "\n".join(lines)
