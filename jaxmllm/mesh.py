@@ -154,6 +154,12 @@ def row_parts(like: Any) -> int:
     return 1 if mesh.empty or not set(AXES) <= set(mesh.axis_names) else mesh.shape["replica"] * mesh.shape["fsdp"]
 
 
+def splits_vocabulary(like: Any) -> bool:
+    """Inside a program: whether the mesh that `like` lies on splits the vocabulary."""
+    mesh = jax.typeof(like).sharding.mesh
+    return not mesh.empty and set(AXES) <= set(mesh.axis_names) and mesh.shape["tensor"] > 1
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Host arrays with a leading batch axis -> global arrays split over `replica` and `fsdp`.
 

@@ -1,21 +1,27 @@
 """Token log-probabilities and entropies, under exactly the distribution that is sampled, never holding [B, T, vocab].
 
 The vocabulary product runs over chunks of time, rematerialised in the backward pass. Chunks are of time and not of rows so
-that rows keep their place on the mesh.
+that rows keep their place on the mesh. A distribution without filters is summed block by block of the vocabulary inside a
+chunk: then chunks can be long, the kernel's gradient is written once instead of added up over many chunks, and what passes
+between the few operations on a block stays in a processor's cache. Filters need the whole vocabulary of a token at once.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmllm.errors import InputError
-from jaxmllm.mesh import ROWS, P, lay_out, row_parts
+from jaxmllm.mesh import ROWS, P, lay_out, row_parts, splits_vocabulary
 
 MASKED = -1e30  # log-weight of a token that cannot be drawn; finite, so that 0 * MASKED is 0 in the entropy
 CHUNK_ELEMENTS = 1 << 25  # logits held at once on one device: 128 MiB of float32
+BLOCK_ELEMENTS = 1 << 23  # the same where the vocabulary is cut in blocks: 32 MiB
+BLOCK = 2048  # tokens of the vocabulary in a block at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,11 @@ class Sampling:
             if not ok:
                 raise InputError(f"{name} = {getattr(self, name)}: must be {need}")
         return self
+
+    @property
+    def filters(self) -> bool:
+        """Whether a token's weight depends on those of others, or on what is in the row."""
+        return self.top_k > 0 or self.top_p < 1 or bool(self.min_p) or self.repetition_penalty != 1
 
     @property
     def scored(self) -> "Sampling":
@@ -139,7 +150,9 @@ def token_logprobs(
     if parts > 1:
         # each part of the mesh its own copy: the kernel's gradient is then summed over devices once, not in every chunk
         kernel = lay_out(jnp.broadcast_to(kernel, (parts, *kernel.shape)), P(ROWS, None, "tensor"), hidden)
-    chunk = 1 if penalised else max(1, min(length, chunk or CHUNK_ELEMENTS // max(1, here * vocab)))
+    whole_vocabulary = sampling.filters or parts > 1 or splits_vocabulary(hidden)
+    block = vocab if whole_vocabulary else vocabulary_block(vocab, here * (chunk or length))
+    chunk = 1 if penalised else max(1, min(length, chunk or CHUNK_ELEMENTS // max(1, here * block)))
     pad = -length % chunk
 
     def split(a):
@@ -149,6 +162,9 @@ def token_logprobs(
     @jax.checkpoint
     def one_chunk(seen, inputs):
         h, target = inputs
+        if block < vocab:
+            outputs = _in_blocks(h.reshape(-1, width), kernel, target.reshape(-1), sampling, block)
+            return seen, tuple(a.reshape(target.shape) for a in outputs)
         if parts > 1:
             h = h.reshape(parts, -1, width)
             logits = jnp.einsum("pnd,pdv->pnv", h, kernel.astype(h.dtype), preferred_element_type=jnp.float32)
@@ -171,3 +187,44 @@ def token_logprobs(
     _, outputs = jax.lax.scan(one_chunk, seen, (split(hidden), split(targets)))
     logps, entropies = (a.swapaxes(0, 1).reshape(rows, -1)[:, :length].reshape(*lead, length) for a in outputs)
     return logps, entropies
+
+
+def vocabulary_block(vocab: int, tokens: int) -> int:
+    """Size of the blocks a vocabulary is cut in: a divisor of at least BLOCK, with at most BLOCK_ELEMENTS logits if it can be.
+
+    The vocabulary itself where it has no such divisor or is not worth cutting.
+    """
+    fitting = [n for n in range(BLOCK, vocab // 2 + 1) if vocab % n == 0]
+    return max((n for n in fitting if n * tokens <= BLOCK_ELEMENTS), default=min(fitting, default=vocab))
+
+
+def _in_blocks(
+    hidden: Float[Array, "R D"], kernel: Float[Array, "D V"], targets: Int[Array, "R"], sampling: Sampling, block: int
+) -> tuple[Float[Array, "R"], Float[Array, "R"]]:
+    """Log-probabilities and entropies of a distribution without filters, one pass over blocks of the vocabulary."""
+    # of a tied embedding this is the embedding itself: blocks are its rows, and so are those of its gradient
+    table = kernel.T.reshape(-1, block, kernel.shape[0])
+    banned = jnp.asarray(sampling.banned, jnp.int32)
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("top"))
+    def add(carry, inputs):
+        top, total, weighted, picked = carry
+        first, rows = inputs
+        x = jnp.einsum("rd,vd->rv", hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        ids = first + jnp.arange(block)
+        if sampling.temperature != 1:
+            x = x / sampling.temperature
+        if sampling.banned:
+            x = jnp.where((ids[:, None] == banned).any(-1), MASKED, x)
+        new_top = checkpoint_name(jnp.maximum(top, jax.lax.stop_gradient(x).max(-1)), "top")
+        weight, shrink = jnp.exp(x - new_top[:, None]), jnp.exp(top - new_top)
+        total = total * shrink + weight.sum(-1)
+        weighted = weighted * shrink + (weight * x).sum(-1)
+        picked = picked + jnp.where(ids == targets[:, None], x, 0).sum(-1)
+        return (new_top, total, weighted, picked), None
+
+    zero = jnp.zeros(hidden.shape[0], jnp.float32)
+    starts = jnp.arange(0, kernel.shape[1], block)
+    (top, total, weighted, picked), _ = jax.lax.scan(add, (zero + MASKED, zero, zero, zero), (starts, table))
+    norm = top + jnp.log(total)
+    return picked - norm, norm - weighted / total

@@ -37,9 +37,10 @@ def config(setup: dict):
         batch_size=setup["prompts"],
         max_steps=setup["max_steps"],
         unroll=setup["unroll"],
+        remat=setup["remat"],
         data=DataConfig(train=(setup["data"],)),
         optim=OptimConfig(learning_rate=setup["learning_rate"], lr_scheduler_type="constant"),
-        rollout=RolloutConfig(reward_funcs=(setup["reward"],)),
+        rollout=RolloutConfig(reward_funcs=(setup["reward"],), reward_processes=0),
         grpo=GRPOOptions(
             num_generations=setup["generations"], max_completion_length=setup["new_tokens"], beta=setup["beta"]
         ),
@@ -107,7 +108,7 @@ def theirs(setup: dict) -> None:
 
     imported = peak_mib()
     go, done = threading.Semaphore(0), threading.Semaphore(0)
-    clock = {"rollout": 0.0}
+    clock: dict[str, float] = {}
 
     class Stepwise(TrainerCallback):
         """Lets the trainer's own loop take one step a request."""
@@ -116,6 +117,8 @@ def theirs(setup: dict) -> None:
             go.acquire()
 
         def on_step_end(self, *_, **__):
+            seen = trainer._metrics["train"]
+            clock.update(length=seen["completions/mean_length"][-1], reward=seen["reward"][-1])
             done.release()
 
     class Timed(GRPOTrainer):
@@ -164,10 +167,7 @@ def theirs(setup: dict) -> None:
         started = time.perf_counter()
         go.release()
         done.acquire()
-        seen = {name: values[-1] for name, values in trainer._metrics["train"].items() if values}
-        update = time.perf_counter() - started - clock["rollout"]
-        length = seen["completions/mean_length"]
-        return {"rollout": clock["rollout"], "update": update, "length": length, "reward": seen["reward"]}
+        return clock | {"update": time.perf_counter() - started - clock["rollout"]}
 
     serve(step, ("trl", "transformers", "torch", "torchvision"), imported)
 
@@ -182,7 +182,7 @@ def clock(args) -> None:
         peers_48m.make(folder, args.prompts, args.side)
         setup = dict(folder=folder, model=folder, data=f"chat:{folder}/chat.jsonl", seed=0, prompts=args.prompts)
         setup |= dict(generations=args.generations, new_tokens=args.new_tokens, beta=args.beta, learning_rate=1e-6)
-        setup |= dict(max_steps=10_000, unroll=args.unroll, reward="tests.benchmarks.peers_48m:checksum")
+        setup |= dict(max_steps=10_000, unroll=args.unroll, remat=args.remat, reward="tests.benchmarks.peers_48m:checksum")
         setup |= dict(checkpointing=not args.no_checkpointing)
         sides = [
             Side("jaxmllm", MODULE, "ours", json.dumps(setup)),
@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--beta", type=float, default=0.04)
     parser.add_argument("--unroll", action="store_true", help="our layer loop unrolled")
+    parser.add_argument("--remat", default="full", help="what our backward pass recomputes; TRL checkpoints its layers too")
     parser.add_argument("--no_checkpointing", action="store_true", help="TRL without its gradient checkpointing")
     args = parser.parse_args()
     if args.serve:
