@@ -1,4 +1,4 @@
-"""Second of three runs that make the embedded model: the decoder learns to bind words to objects, tower frozen.
+"""Third of the runs that make the embedded model: the decoder learns to bind words to objects, tower frozen.
 
     ./launch/local.sh jaxmllm train configs/tiny/grounding.py
 """
@@ -10,11 +10,11 @@ SCENES = "world:grounding?size=84x84&objects=2-4"
 config = TrainConfig(
     name="tiny_grounding",
     method="sft",
-    model="runs/tiny_vision/export",
+    model="runs/tiny_vision_2/export",
     trainable=r"(?!vision/).*",
     unroll=True,
     batch_size=16,
-    max_steps=2000,
+    max_steps=1500,
     data=DataConfig(
         train=(f"{SCENES}&questions=6&length=10000000",),
         eval=(f"{SCENES}&split=val",),
