@@ -133,6 +133,8 @@ def evaluate(
             if on_batch:
                 on_batch(finished, total)
     how = Resampling(n_resamples, seed, confidence)
+    if not asked:
+        raise InputError("nothing to evaluate: no record could be read")
     evaluation = Evaluation(
         {
             name: measure(
