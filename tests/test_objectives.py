@@ -1,20 +1,20 @@
 """Every objective of the GRPO family is a matter of flags; combinations that cannot be meant are refused by field."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tyro
 
-from jaxmllm import api
 from jaxmllm.errors import InputError
+from jaxmllm.train import step
 from jaxmllm.train.config import TrainConfig
-from jaxmllm.train.optim import make_optimizer, split
-from jaxmllm.train.step import Rollout, Update, grpo_step
+from jaxmllm.train.optim import make_optimizer
+from jaxmllm.train.step import Rollout
 from jaxmllm.types import Completions, Prompts, TrainState
 from tests import training
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
 B, G, S, T = 4, 2, 8, 4
 CLIP = {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
 BASE = {"loss", "policy_loss", "entropy", "grad_norm", "nonfinite"}
@@ -57,43 +57,80 @@ def parsed(tmp_path, flags: str) -> TrainConfig:
     return tyro.cli(TrainConfig, default=base, args=flags.split()).validate()
 
 
-@pytest.fixture(scope="module")
-def model():
-    return api.load("tiny")
+def score(params, cfg, prompts, completions, sampling, vision_tokens=None):
+    """Stands for the model: log-probabilities and entropies that depend on one parameter and on the tokens."""
+    x = params["w"] * (1 + completions.tokens.astype(jnp.float32)) / 8
+    return -x, x**2
 
 
-@pytest.mark.parametrize("cuts", [1, 2])
-@pytest.mark.parametrize("flags", FLAGS)
-def test_flags_choose_the_update(tmp_path, model, flags, cuts):
-    """The update of each objective, traced without compiling it, whole and cut into microbatches."""
-    config = parsed(tmp_path, f"{flags} --optim.gradient_accumulation_steps {cuts} --rollout.steps_per_generation 1")
+def arrays() -> Rollout:
+    """A rollout whose policy has moved a little from the one that drew it; rows of different lengths."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 8, (B, G, T)).astype(np.int32)
+    logps = -(1 + tokens) / 8.0
+
+    def near() -> np.ndarray:
+        return (logps + rng.normal(0, 0.1, logps.shape)).astype(np.float32)
+
+    lengths = rng.integers(1, T + 1, (B, G)).astype(np.int32)
+    prompt = np.zeros((B, S), np.int32)
+    return Rollout(
+        Prompts(prompt, np.zeros((B, 3, S), np.int32), prompt[:, 0] + S, prompt[:, 0] + S, prompt - 1),
+        Completions(tokens, lengths, (np.arange(T) < lengths[..., None]).astype(np.float32)),
+        rng.normal(size=(B, G)).astype(np.float32),
+        old_logps=near(),
+        ref_logps=near(),
+        sampling_logps=near(),
+    )
+
+
+def update(config: TrainConfig, cuts: int):
+    """(a function of a rollout that does one update in so many microbatches, its rollout)."""
     tx = make_optimizer(config.optim, config.max_steps)
-    state = jax.eval_shape(
-        lambda params: TrainState(jnp.zeros((), jnp.int32), params, tx.init(split(params, config.trainable)[0])),
-        model.params,
-    )
-    number, row = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), functools.partial(
-        jax.ShapeDtypeStruct, dtype=jnp.int32
-    )  # fmt: skip
-    rollout = Rollout(
-        Prompts(row((B, S)), row((B, 3, S)), row((B,)), row((B,)), row((B, S))),
-        Completions(row((B, G, T)), row((B, G)), number((B, G, T))),
-        number((B, G)),
-        None,
-        number((B, G, T)),
-        number((B, G, T)) if config.grpo.beta else None,
-        number((B, G, T)),
-    )
-    update = Update(model.cfg, tx, config.trainable, config.optim.gradient_accumulation_steps)
     coefficients = (
-        number(()) if config.grpo.use_adaptive_entropy else None,
-        number(()) if config.grpo.kl_ctrl == "adaptive" else None,
+        jnp.float32(0.01) if config.grpo.use_adaptive_entropy else None,
+        jnp.float32(0.02) if config.grpo.kl_ctrl == "adaptive" else None,
     )
-    step = functools.partial(grpo_step, update=update, options=config.grpo, sampling=config.rollout.sampling(()))
-    _, metrics = jax.eval_shape(step, state, rollout, *coefficients)
-    assert metrics.keys() >= BASE | FLAGS[flags]
-    assert all(value.shape == () for value in metrics.values())
+
+    def call(rollout: Rollout):
+        params = {"w": jnp.ones(())}
+        return step.grpo_step(
+            TrainState(jnp.zeros((), jnp.int32), params, tx.init(params)),
+            rollout,
+            *coefficients,
+            update=step.Update(None, tx, ".*", cuts),  # type: ignore[arg-type]
+            options=config.grpo,
+            sampling=config.rollout.sampling(()),
+        )[1]
+
+    return call, arrays() if config.grpo.beta else arrays().replace(ref_logps=None)
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_flags_choose_the_update(tmp_path, monkeypatch, flags):
+    """Traced, not compiled: the metrics of each objective."""
+    monkeypatch.setattr(step, "score", score)
+    config = parsed(tmp_path, flags)
+    metrics = jax.eval_shape(*update(config, 1))
+    assert metrics.keys() >= BASE | FLAGS[flags] and all(value.shape == () for value in metrics.values())
     assert ("kl" in metrics) == (config.grpo.beta > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", FLAGS)
+def test_updates_are_finite_and_do_not_depend_on_the_cut(tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(step, "score", score)
+    config = parsed(tmp_path, flags)
+    found = []
+    for cuts in (1, 2):
+        call, rollout = update(config, cuts)
+        found.append({name: float(value) for name, value in call(rollout).items()})
+    whole, cut = found
+    assert whole.keys() == cut.keys()
+    assert np.isfinite(list(whole.values())).all() and whole["nonfinite"] == 0 and whole["grad_norm"] > 0
+    if config.grpo.loss_type != "bnpo":  # which depends on the cut by definition
+        for name in ("loss", "grad_norm", *FLAGS[flags]):
+            assert cut[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.parametrize(
