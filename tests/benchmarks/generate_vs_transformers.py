@@ -2,19 +2,16 @@
 
     python -m tests.benchmarks.generate_vs_transformers [--generations 8] [--new_tokens 32] [--prompts 2] [--side 448]
 
-Prints tokens/s, peak memory and their ratio; needs the `parity` extra.
+Needs the `parity` extra.
 """
 
-import argparse
-import importlib.metadata
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks.side_by_side import Side, compare, serve, table
+from tests.benchmarks.side_by_side import Side, all_versions, compare, options, peak_mib, ratios, report, serve
 
 MODULE = "tests.benchmarks.generate_vs_transformers"
+COLUMNS = ("seconds", "processor", "fastest", "slowest", "first", "tokens/s", "imports_mib", "ready_mib", "peak_mib")
 
 
 def ours(folder: Path) -> None:
@@ -27,6 +24,7 @@ def ours(folder: Path) -> None:
     from jaxmllm.rollout import sampler
     from tests.benchmarks.peers_48m import jax_prompts
 
+    imported = peak_mib()
     cfg = load_model_config(folder)
     params, prompts = hf.load_params(folder, cfg), jax_prompts(folder)
     sampling = Sampling(banned=tuple(sorted(set(cfg.vision_token_ids))))
@@ -38,7 +36,7 @@ def ours(folder: Path) -> None:
         )
         return {"tokens": int(jax.device_get(out.lengths).sum())}
 
-    serve(run)
+    serve(run, ("jax", "flax"), imported)
 
 
 def theirs(folder: Path) -> None:
@@ -46,6 +44,7 @@ def theirs(folder: Path) -> None:
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
+    imported = peak_mib()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     raw = np.load(folder / "inputs.npz")
     inputs = dict(
@@ -70,35 +69,36 @@ def theirs(folder: Path) -> None:
             )
         return {"tokens": out.shape[0] * (out.shape[1] - raw["ids"].shape[1])}
 
-    serve(run)
+    serve(run, ("torch", "transformers"), imported)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options(__doc__)
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--side", type=int, default=448)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--serve", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         {"ours": ours, "theirs": theirs}[args.serve[0]](Path(args.serve[1]))
         return
+    from tests.benchmarks import peers_48m
+
     with tempfile.TemporaryDirectory() as folder:
-        writer = [sys.executable, "-m", "tests.benchmarks.peers_48m", folder, str(args.prompts), str(args.side)]
-        subprocess.run(writer, check=True)
-        sides = [Side(n, MODULE, "--serve", s, folder) for n, s in (("jaxmllm", "ours"), ("transformers", "theirs"))]
+        peers_48m.make(folder, args.prompts, args.side)
+        sides = [
+            Side("jaxmllm", MODULE, "ours", folder),
+            Side("transformers", MODULE, "theirs", folder, python=args.peer_python),
+        ]
         case = {"generations": args.generations, "new_tokens": args.new_tokens}
-        found = compare(sides, case, args.repeats)
+        rows = compare(sides, case, args.repeats, args.warmup)
         for side in sides:
             side.close()
-    for row in found.values():
+    for row in rows.values():
         row["tokens/s"] = row["tokens"] / row["seconds"]
-    print(", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "torch", "transformers")))
-    print(table(found, ("seconds", "fastest", "slowest", "tokens/s", "peak_mib")))
-    a, b = found["jaxmllm"], found["transformers"]
-    print(f"tokens/s {a['tokens/s'] / b['tokens/s']:.1f} x, peak memory {a['peak_mib'] / b['peak_mib']:.2f} x")
+    settings = case | {"prompts": args.prompts, "side": args.side, "repeats": args.repeats}
+    summary = ratios(rows, "jaxmllm", "transformers")
+    report("generate_vs_transformers", rows, COLUMNS, all_versions(sides), settings, summary, args.save)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,18 @@ from tests.benchmarks.side_by_side import Side, all_versions, compare, options, 
 
 MODULE = "tests.benchmarks.grpo_vs_trl"
 SCENES = "world:counting?size=84x84&objects=2-4&length=1000000"
-COLUMNS = ("seconds", "rollout", "update", "fastest", "slowest", "first", "imports_mib", "ready_mib", "peak_mib")
+COLUMNS = (
+    "seconds",
+    "processor",
+    "rollout",
+    "update",
+    "fastest",
+    "slowest",
+    "first",
+    "imports_mib",
+    "ready_mib",
+    "peak_mib",
+)
 
 
 # ---------------------------------------------------------------- ours
@@ -182,7 +193,9 @@ def clock(args) -> None:
         peers_48m.make(folder, args.prompts, args.side)
         setup = dict(folder=folder, model=folder, data=f"chat:{folder}/chat.jsonl", seed=0, prompts=args.prompts)
         setup |= dict(generations=args.generations, new_tokens=args.new_tokens, beta=args.beta, learning_rate=1e-6)
-        setup |= dict(max_steps=10_000, unroll=args.unroll, remat=args.remat, reward="tests.benchmarks.peers_48m:checksum")
+        setup |= dict(
+            max_steps=10_000, unroll=args.unroll, remat=args.remat, reward="tests.benchmarks.peers_48m:checksum"
+        )
         setup |= dict(checkpointing=not args.no_checkpointing)
         sides = [
             Side("jaxmllm", MODULE, "ours", json.dumps(setup)),
@@ -206,7 +219,9 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--beta", type=float, default=0.04)
     parser.add_argument("--unroll", action="store_true", help="our layer loop unrolled")
-    parser.add_argument("--remat", default="full", help="what our backward pass recomputes; TRL checkpoints its layers too")
+    parser.add_argument(
+        "--remat", default="full", help="what our backward pass recomputes; TRL checkpoints its layers too"
+    )
     parser.add_argument("--no_checkpointing", action="store_true", help="TRL without its gradient checkpointing")
     args = parser.parse_args()
     if args.serve:

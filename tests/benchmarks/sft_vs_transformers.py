@@ -14,7 +14,18 @@ from pathlib import Path
 from tests.benchmarks.side_by_side import Side, all_versions, compare, options, peak_mib, ratios, report, serve
 
 MODULE = "tests.benchmarks.sft_vs_transformers"
-COLUMNS = ("seconds", "fastest", "slowest", "first", "tokens/s", "loss", "imports_mib", "ready_mib", "peak_mib")
+COLUMNS = (
+    "seconds",
+    "processor",
+    "fastest",
+    "slowest",
+    "first",
+    "tokens/s",
+    "loss",
+    "imports_mib",
+    "ready_mib",
+    "peak_mib",
+)
 LEARNING_RATE = 1e-5
 
 

@@ -1,8 +1,9 @@
 """Two programs measured in one run: each in a process of its own, called by turns, so that both see the same machine.
 
 A side is a function that calls `serve(function)`; `function(case)` does the work once and returns a dict of figures. The
-driver starts the sides with `Side` and calls them by turns with `compare`. Seconds are medians after warm-up; memory is the
-process's peak since it started, imports, loading and compilation included.
+driver starts the sides with `Side` and calls them by turns with `compare`. Seconds are medians after warm-up, `processor` is
+the processor time of all threads, which other work on the machine changes less; memory is the process's peak since it
+started, imports, loading and compilation included.
 """
 
 import argparse
@@ -58,10 +59,11 @@ def serve(function: Callable[[dict], dict | None], packages: Sequence[str], impo
     ready = {"imports_mib": imports_mib, "ready_mib": peak_mib(), "versions": versions(*packages)}
     print(json.dumps(ready), file=out, flush=True)
     for line in sys.stdin:
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         figures = function(json.loads(line)) or {}
-        seconds = time.perf_counter() - started
-        print(json.dumps({"seconds": seconds, "peak_mib": peak_mib()} | figures), file=out, flush=True)
+        seconds, used = time.perf_counter() - started, time.process_time() - used
+        measured = {"seconds": seconds, "processor": used, "peak_mib": peak_mib()}
+        print(json.dumps(measured | figures), file=out, flush=True)
 
 
 class Side:
@@ -177,4 +179,8 @@ def all_versions(sides: Sequence[Side]) -> dict[str, str]:
 def ratios(rows: Rows, ours: str, theirs: str) -> dict[str, float]:
     """How many times faster we are, and our peak memory as a share of theirs."""
     a, b = rows[ours], rows[theirs]
-    return {"times faster": b["seconds"] / a["seconds"], "share of its peak memory": a["peak_mib"] / b["peak_mib"]}
+    return {
+        "times faster": b["seconds"] / a["seconds"],
+        "times less processor time": b["processor"] / a["processor"],
+        "share of its peak memory": a["peak_mib"] / b["peak_mib"],
+    }
