@@ -49,7 +49,10 @@ def write_chat(folder: Path, prompts: int, side: int) -> None:
 
     sizes = dict(patch_size=14, temporal_patch_size=2, merge_size=2, min_pixels=784, max_pixels=side * side)
     for name, kind in (("preprocessor", "image"), ("video_preprocessor", "video")):
-        config = sizes | {f"{kind}_processor_type": f"Qwen2VL{kind.title()}Processor", "processor_class": "Qwen2_5_VLProcessor"}
+        config = sizes | {
+            f"{kind}_processor_type": f"Qwen2VL{kind.title()}Processor",
+            "processor_class": "Qwen2_5_VLProcessor",
+        }
         (folder / f"{name}_config.json").write_text(json.dumps(config))
     rng, lines = np.random.default_rng(1), []
     for k in range(prompts):

@@ -198,7 +198,7 @@ def _arrays(arguments: tuple) -> list:
 
 
 def _static(argument: Any) -> bool:
-    return argument == () or type(argument).__name__ in ("ModelConfig", "Sampling")
+    return (isinstance(argument, tuple) and not argument) or type(argument).__name__ in ("ModelConfig", "Sampling")
 
 
 def _bound(function: Callable, arguments: tuple, named: dict) -> Callable:

@@ -40,7 +40,10 @@ def measure(phases: Phases, peak: dict[str, float], repeats: int) -> dict[str, d
     rows = {}
     for name in STEP:
         seconds, flops, moved = found[name]["seconds"], phases.flops(name), least_bytes(phases, name)
-        shares = {"share of FLOP/s": flops / seconds / product, "share of bytes/s": moved / seconds / peak["copy bytes/s"]}
+        shares = {
+            "share of FLOP/s": flops / seconds / product,
+            "share of bytes/s": moved / seconds / peak["copy bytes/s"],
+        }
         rows[name] = {"seconds": seconds, "GFLOP": flops / 1e9, "GFLOP/s": flops / seconds / 1e9}
         rows[name] |= {"GB/s": moved / seconds / 1e9, **shares, "of peak": max(shares.values())}
     return rows
