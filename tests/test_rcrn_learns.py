@@ -61,7 +61,7 @@ def batch(items):
 
 
 @pytest.mark.slow
-def test_grounding_matching_and_blame_are_learnt_without_a_label_of_the_wrong_edge(steps=600, size=64):
+def test_grounding_matching_and_blame_are_learnt_without_a_label_of_the_wrong_edge(steps=900, size=64):
     cfg = rcrn.RCRNConfig(len(ATTRIBUTES), len(VOCABULARY), width=64, joint=64, difference=32, pair_location=32,
                           phrase_encoder="linear", dropout=0.0)
     params = rcrn.init(jax.random.key(0), cfg)
