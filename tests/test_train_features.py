@@ -9,6 +9,7 @@ import signal
 import sys
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -128,7 +129,7 @@ def test_best_checkpoint_is_kept_and_can_be_the_result(tmp_path, monkeypatch):
 
 def test_no_room_for_a_checkpoint_is_told_before_it_is_begun(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
-    state = TrainState(np.int32(3), {"w": np.zeros((1000, 1000), np.float32)}, {})
+    state = TrainState(jnp.int32(3), {"w": jnp.zeros((1000, 1000))}, {})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=3_999_999))
     with pytest.raises(InputError, match=r"checkpoint 3 could not be written \(it takes up to 0.00 GiB.*are intact"):
         checkpoints.save(state, {})
