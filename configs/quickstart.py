@@ -24,7 +24,7 @@ config = TrainConfig(
         weights=(1.0, 1.0),
         eval=(f"{RELATION}&split=val", f"{COUNTING}&split=val"),
     ),
-    optim=OptimConfig(learning_rate=3e-4, lr_scheduler_type="constant", adam_beta2=0.98),
+    optim=OptimConfig(learning_rate=1e-4, lr_scheduler_type="constant", adam_beta2=0.98),
     grpo=GRPOOptions(num_generations=8, max_completion_length=48, epsilon_high=0.28),
     completions_steps=40,
     save_steps=40,
