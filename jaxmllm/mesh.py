@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmllm.errors import InputError
 
@@ -59,11 +59,12 @@ def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Seq
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> PartitionSpec:
+def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules=RULES) -> PartitionSpec:
     """The first rule that matches, aligned to the last dimensions.
 
     An axis that does not divide its dimension moves to the largest free dimension it divides, or is dropped; both are
-    logged. Raises ValueError for a path without a rule or a rule that names an axis twice.
+    logged. Axes of size 1 and whole dimensions at the end are left out: so the compiler names what a program returns, and
+    another name for the same layout would be another program. Raises ValueError for a path without a rule or a rule that names an axis twice.
     """
     rule = next((spec for pattern, spec in rules if re.fullmatch(pattern, path)), None)
     if rule is None:
@@ -76,6 +77,8 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> Part
     dims: list[Any] = [None] * (len(shape) - len(rule)) + list(rule)
     for i, axis in enumerate(dims):
         size = math.prod(mesh.shape[a] for a in (axis if isinstance(axis, tuple) else (axis,))) if axis else 1
+        if size == 1:
+            dims[i] = None
         if shape[i] % size == 0:
             continue
         dims[i] = None
@@ -83,6 +86,8 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> Part
         if free:
             dims[max(free, key=lambda j: shape[j])] = axis
         log.info("%s %s: axis %s does not divide dimension %d, now %s", path, shape, axis, i, dims)
+    while dims and dims[-1] is None:
+        dims.pop()
     return P(*dims)
 
 
@@ -95,7 +100,7 @@ def tree_paths(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: "/".join(map(name, path)), tree)
 
 
-def param_shardings(params: Any, mesh: Mesh, rules=RULES) -> Any:
+def param_shardings(params: Any, mesh: Mesh | AbstractMesh, rules=RULES) -> Any:
     """NamedSharding of every parameter (arrays or shapes)."""
     return jax.tree.map(lambda path, x: NamedSharding(mesh, spec_for(path, x.shape, mesh, rules)), tree_paths(params), params)
 

@@ -1,10 +1,16 @@
 """Every test sees eight CPU devices and has the shapes in signatures checked."""
 
 import os
+from pathlib import Path
 
-# before jax starts: the number of devices cannot change afterwards
+# Before jax starts. The number of devices cannot change afterwards; half of compiling is saved by leaving out what makes
+# the programs fast; what one test or process compiled, and the last run of the tests, the next one reads.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import jaxtyping
@@ -18,29 +24,19 @@ jaxtyping.Array = jax.Array | np.ndarray  # type: ignore[misc]
 jaxtyping.install_import_hook(["jaxmllm.losses", "jaxmllm.model", "jaxmllm.rollout"], "tests.checker.check")
 
 
-@pytest.fixture(scope="module")
-def fast_compile():
-    """For modules whose time goes into compiling small programs: half the compile time, slower programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+LONGEST = ("multiprocess", "train", "train_features", "mesh", "model", "sampler", "cli", "api", "rcrn")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes come first: begun last, one would keep a single process busy at the end."""
+    names = [f"test_{name}.py" for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
 
 
 @pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    """For modules that run whole trainings: one device, and what one run compiled the next one reads."""
-    cache = tmp_path_factory.mktemp("compiled")
-    options = {
-        "jax_compilation_cache_dir": str(cache),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
+def one_device():
+    """For modules that run whole trainings."""
     first = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: first)
-        for name, value in options.items():
-            jax.config.update(name, value)
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)

@@ -52,7 +52,7 @@ def main(folder: Path, changes: dict) -> int:
     import jax
     import numpy as np
 
-    from jaxmllm.train import grpo, loop, setup
+    from jaxmllm.train import grpo, loop, setup, step
 
     pause = changes.pop("pause", 0.0)
     draw = grpo.GRPO.draw
@@ -74,6 +74,7 @@ def main(folder: Path, changes: dict) -> int:
     build = setup.build
     loop.build = lambda config: runs.append(build(config)) or runs[-1]
     loop.train(config(folder, **changes))
+    assert step.grpo_step._cache_size() == 1, "an update came back in another layout than it took"
     # whole in every process, so that the first can write it
     whole = jax.sharding.NamedSharding(runs[0].mesh, jax.sharding.PartitionSpec())
     state = jax.jit(lambda x: x, out_shardings=whole)(runs[0].state.params)

@@ -21,7 +21,6 @@ from jaxmllm.model import hf, qwen_vl
 from jaxmllm.types import Prompts
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 BUCKETS = Buckets(frames=(1, 6), windows=(1, 4), prompt=(96, 256), completion=(16,))
 NEW = 10
 

@@ -8,7 +8,6 @@ import pytest
 from jaxmllm.mesh import make_mesh
 from jaxmllm.model import attention
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 B, G, S, T, N, K, H = 2, 3, 7, 4, 4, 2, 6
 LENGTHS = np.array([7, 4], np.int32)
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from jaxmllm.errors import InputError
 from jaxmllm.losses.logprobs import MASKED, Sampling, seen_tokens, token_logprobs, warp
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 B, G, T, D, V = 2, 3, 7, 8, 50
 
 

@@ -13,7 +13,6 @@ from jaxmllm.model import lora, qwen_vl
 from jaxmllm.train.optim import join, split
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 CFG = tiny.config()
 PARAMS = tiny.params(CFG)
 EVERY = r"(text|vision)/.*"

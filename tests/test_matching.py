@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from jaxmllm.losses import matching
 from jaxmllm.model.rcrn import MAX_LOG_SCALE, decode_deltas
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 B, N = 5, 6
 
 

@@ -1,6 +1,7 @@
 """One forward, three uses: shared prompts, cached decoding and padding change nothing."""
 
 import dataclasses
+import functools
 import time
 
 import jax
@@ -16,7 +17,6 @@ from jaxmllm.train.step import score
 from jaxmllm.types import Prompts
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 KINDS = ("qwen2_5_vl", "qwen2_vl")
 G, T = 3, 5
 ATOL = 1e-5
@@ -154,19 +154,18 @@ def test_order_of_rows_and_completions_does_not_matter(model):
     close(got, expected[rows][:, groups], completions.lengths[rows][:, groups])
 
 
+@functools.cache
+def value_and_gradient(**run):
+    cfg = tiny.config()
+    params, prompts, completions = tiny.params(cfg), tiny.prompts(cfg, [[3, (4, 6), 2]]), tiny.completions(1, 2, T)
+    cfg = dataclasses.replace(cfg, **run)
+    return jax.jit(jax.value_and_grad(lambda p: jnp.mean(score(p, cfg, prompts, completions, Sampling())[0])))(params)
+
+
 @pytest.mark.parametrize("run", [{"remat": "full"}, {"remat": "dots"}, {"unroll": True}], ids=str)
 def test_how_it_runs_does_not_matter(run):
     """Recomputation and loop form: the same value and the same gradient."""
-    cfg = tiny.config()
-    params, prompts, completions = tiny.params(cfg), tiny.prompts(cfg, [[3, (4, 6), 2]]), tiny.completions(1, 2, T)
-
-    def value_and_gradient(cfg):
-        def loss(params):
-            return jnp.mean(score(params, cfg, prompts, completions, Sampling())[0])
-
-        return jax.jit(jax.value_and_grad(loss))(params)
-
-    expected, got = value_and_gradient(cfg), value_and_gradient(dataclasses.replace(cfg, **run))
+    expected, got = value_and_gradient(), value_and_gradient(**run)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(a, b, atol=ATOL)
 

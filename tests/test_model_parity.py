@@ -18,7 +18,6 @@ from jaxmllm.rollout import sampler
 from tests import parity, tiny
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.usefixtures("fast_compile")
 KINDS = ("qwen2_5_vl", "qwen2_vl")
 TOLERANCE = 1e-4  # of the largest entry
 

@@ -64,13 +64,8 @@ class Job:
             given = (
                 dict(zip(distributed.EXPLICIT, (address, str(count), str(number)), strict=True)) if count > 1 else {}
             )
-            env = {**os.environ, **given, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+            env = {**os.environ, **given, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
             env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-            # compiled once for all jobs of a mesh
-            env |= {
-                "JAX_COMPILATION_CACHE_DIR": str(model.with_name("compiled")),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            }
             command = [sys.executable, "-m", "tests.multiprocess_job", str(folder), json.dumps(changes)]
             with open(log, "w") as out:
                 self.processes.append(

@@ -14,7 +14,6 @@ from jaxmllm.train.step import Rollout
 from jaxmllm.types import Completions, Prompts, TrainState
 from tests import training
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 B, G, S, T = 4, 2, 8, 4
 CLIP = {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
 BASE = {"loss", "policy_loss", "entropy", "grad_norm", "nonfinite"}

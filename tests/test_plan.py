@@ -28,7 +28,6 @@ from jaxmllm.train.config import MeshConfig, OptimConfig, TrainConfig
 from jaxmllm.train.step import score
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 N = 64
 
 

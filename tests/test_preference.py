@@ -10,8 +10,6 @@ import pytest
 
 from jaxmllm.losses import preference
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 RNG = np.random.default_rng(1)
 B, G, T = 4, 5, 6
 LOGPS, REF = (-RNG.exponential(size=(B, G, T)) for _ in range(2))

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from jaxmllm.model import propagation
 from jaxmllm.model.propagation import EPS
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 # ---- the reference: one graph, dictionaries and loops, plain products, after the formulas of the sheet
 
 

@@ -11,8 +11,6 @@ import pytest
 from jaxmllm.model import propagation, rcrn
 from jaxmllm.model.propagation import EPS
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 # ---- the whole network
 
 CFG = rcrn.RCRNConfig(region_dim=12, word_dim=10, width=16, joint=16, difference=8, pair_location=4, context=3,

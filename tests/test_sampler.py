@@ -13,7 +13,6 @@ from jaxmllm.train.step import score_jit
 from jaxmllm.types import Completions
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 CFG = tiny.config()
 PARAMS = tiny.params(CFG)
 TEXT = [[9], [4], [13]]  # three prompts without pictures: no tower to compile

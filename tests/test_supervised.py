@@ -7,8 +7,6 @@ import pytest
 
 from jaxmllm.losses import supervised
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 RNG = np.random.default_rng(0)
 LOGPS = -RNG.exponential(size=(2, 3, 5))  # prompts, completions, tokens
 WEIGHTS = np.array([[[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0] * 5], [[0.5, 2, 0, 0, 1], [0, 0, 0, 0, 1], [0] * 5]])

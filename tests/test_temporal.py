@@ -10,8 +10,6 @@ from scipy.stats import pearsonr
 
 from jaxmllm.losses import temporal
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 K, T = 3, 6
 SCORE = jax.jit(temporal.tpl_score)
 FOCUS, IMAGE, ACTIVATION = map(jax.jit, (temporal.focus_agreement, temporal.image_activation, temporal.activation))

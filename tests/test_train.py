@@ -20,7 +20,7 @@ from jaxmllm.train.config import DataConfig, OptimConfig
 from jaxmllm.train.loop import Interrupted, train
 from tests import training
 
-pytestmark = pytest.mark.usefixtures("fast_compile", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def final_state(config):
@@ -46,7 +46,7 @@ def test_what_a_run_leaves(finished):
     # TRL's names
     for name in (
         "loss", "grad_norm", "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "entropy",
-        "completions/clipped_ratio", "rewards/tests.training:checksum/mean", "num_tokens", "step_time",
+        "completions/clipped_ratio", "rewards/tests.reward_functions:checksum/mean", "num_tokens", "step_time",
     ):  # fmt: skip
         assert all(np.isfinite(row[name]) for row in rows), name
     assert rows[0]["num_tokens"] < rows[1]["num_tokens"] < rows[2]["num_tokens"]
@@ -124,7 +124,7 @@ def test_a_folder_of_another_config_is_refused(finished):
         (
             dict(use_adaptive_entropy=True, top_entropy_quantile=0.5, mask_truncated_completions=True),
             dict(
-                reward_funcs=("tests.training:checksum", "soft_overlong"),
+                reward_funcs=("tests.reward_functions:checksum", "soft_overlong"),
                 soft_punish_cache=2,
                 temperature=0.7,
                 top_k=40,
@@ -197,10 +197,10 @@ def test_supervised_loss_falls_and_does_not_depend_on_the_cut(tmp_path):
 @pytest.mark.parametrize(
     "rollout, message",
     [
-        (training.rewarded_by("raises"), "reward tests.training:raises failed on record 'world-.*': RuntimeError: no such"),
+        (training.rewarded_by("raises"), "reward tests.reward_functions:raises failed on record 'world-.*': RuntimeError: no"),
         (training.rewarded_by("infinite"), "returned inf, expected a finite number"),
         (training.rewarded_by("wrong_type"), "returned str, expected a number, a dict or None"),
-        (training.rewarded_by("absent"), "reward_funcs: 'tests.training:absent' does not import"),
+        (training.rewarded_by("absent"), "reward_funcs: 'tests.reward_functions:absent' does not import"),
     ],
 )  # fmt: skip
 def test_a_bad_reward_stops_the_run(tmp_path, rollout, message):

@@ -15,8 +15,6 @@ from scipy.optimize import minimize_scalar
 from jaxmllm.losses import supervised
 from jaxmllm.losses import unlikelihood as ul
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 B, S, V, T = 3, 7, 5, 3
 REDUCTIONS = ("dialogue", "token", "turn_mean", "sum")
 

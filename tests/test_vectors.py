@@ -10,8 +10,6 @@ import pytest
 
 from tests.vectors import evaluate
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 SOLUTION = {"target_id": [1, 18], "target_box": [[100, 100, 200, 300], [300, 150, 400, 250]]}
 PERSON = json.dumps([{"bbox_2d": [110, 100, 200, 300], "label": "person"}])
 DOG = {"completion": "<|box_start|>(100,200),(300,400)<|box_end|>", "solution": "[100, 200, 300, 400]"}

@@ -1,10 +1,6 @@
-"""The smallest run that is a run: the embedded model on the procedural world, and reward functions that misbehave."""
+"""The smallest run that is a run: the embedded model on the procedural world."""
 
 import dataclasses
-import math
-import os
-import time
-import zlib
 
 import jax
 import numpy as np
@@ -42,7 +38,7 @@ def config(folder, **changes) -> TrainConfig:
 
 def rewarded_by(name: str, **options) -> RolloutConfig:
     """Without processes of their own, which take seconds to start."""
-    return RolloutConfig(**{"reward_funcs": (f"tests.training:{name}",), "reward_processes": 0, **options})
+    return RolloutConfig(**{"reward_funcs": (f"tests.reward_functions:{name}",), "reward_processes": 0, **options})
 
 
 def numbers(run_dir, *left_out: str) -> list[dict]:
@@ -57,63 +53,3 @@ def numbers(run_dir, *left_out: str) -> list[dict]:
 def assert_same(a, b) -> None:
     """Bit for bit."""
     jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-# ---------------------------------------------------------------- rewards
-
-
-def checksum(text, record) -> float:
-    """Differs between completions, whatever an untrained model writes."""
-    return zlib.crc32(text.encode()) % 97 / 97
-
-
-def raises(text, record):
-    raise RuntimeError("no such luck")
-
-
-def hangs(text, record):
-    time.sleep(60)
-
-
-def hangs_on_a(text, record) -> float:
-    return time.sleep(60) or 0.0 if text.startswith("a") else 1.0
-
-
-def fails_on_a(text, record) -> float:
-    if text.startswith("a"):
-        raise TimeoutError("of its own")
-    return 1.0
-
-
-def dies_on_a(text, record) -> float:
-    if text.startswith("a"):
-        os._exit(1)
-    return 1.0
-
-
-def mostly_alike(text, record) -> float:
-    """Two of three records give every completion the same reward."""
-    return checksum(text, record) if zlib.crc32(record["id"].encode()) % 3 == 0 else 0.5
-
-
-def alike(text, record) -> float:
-    return 0.5
-
-
-def infinite(text, record):
-    return math.inf if text else 0.0
-
-
-def wrong_type(text, record):
-    return "very good"
-
-
-def no_total(text, record):
-    return {"precision": 1.0}
-
-
-def sometimes(text, record):
-    return None if record["task"] == "counting" else {"reward": 1.0, "bonus": 0.5}
-
-
-NOT_A_FUNCTION = 3

@@ -24,8 +24,7 @@ from jaxmllm.plan.flops import count
 from jaxmllm.rollout import layout, sampler
 from jaxmllm.runfiles import read_json
 from jaxmllm.train.config import TrainConfig
-from jaxmllm.train.optim import make_optimizer, split
-from jaxmllm.train.setup import optimiser_shardings
+from jaxmllm.train.optim import make_optimizer, split, state_shardings
 from jaxmllm.train.step import Rollout, Update, encode_jit, grpo_step, score, score_jit, sft_step
 from jaxmllm.types import Completions, Prompts, TrainState, Vision
 
@@ -131,11 +130,10 @@ class Programs:
             params = jax.eval_shape(lambda p: lora.add(jax.random.key(0), p, options), params)
         params = _with(params, param_shardings(params, self.train))
         trained, _ = split(params, config.trainable)
-        whole = NamedSharding(self.train, P())
         shapes = jax.eval_shape(self.tx.init, trained)
-        placed = optimiser_shardings(shapes, trained, jax.tree.map(lambda x: x.sharding, trained), whole)
+        _, placed = state_shardings(trained, shapes, self.train)
         reference = trained if config.method == "grpo" and config.grpo.beta > 0 and config.lora is None else None
-        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(self.train, P()))
         return TrainState(step, params, _with(shapes, placed), reference)
 
     # ------------------------------------------------------------ arguments

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxmllm.errors import InputError
-from jaxmllm.mesh import tree_paths
+from jaxmllm.mesh import AXES, param_shardings, tree_paths
 from jaxmllm.train.config import OptimConfig
 
 CONSTANTS = r"lora/.*/scale"  # part of an adapter, never trained
@@ -48,6 +49,31 @@ def split(params: dict, trainable: str) -> tuple[dict, dict]:
             f"trainable = {trainable!r} matches no parameter; paths are like {', '.join(jax.tree.leaves(paths)[:4])}"
         )
     return train, frozen
+
+
+def state_shardings(train: dict, opt_state: Any, mesh: Mesh | AbstractMesh) -> tuple[Any, Any]:
+    """Where trainable parameters and the optimiser's state lie (arrays or shapes): each moment with its parameter."""
+    structure: Any = jax.tree.structure(train)
+    by_rule, whole = param_shardings(train, mesh), NamedSharding(mesh, PartitionSpec())
+
+    def is_params(node: Any) -> bool:
+        return jax.tree.structure(node) == structure
+
+    def place(node: Any) -> Any:
+        return by_rule if is_params(node) else jax.tree.map(lambda _: whole, node)
+
+    return by_rule, jax.tree.map(place, opt_state, is_leaf=is_params)
+
+
+def kept_layout(train: dict, opt_state: Any) -> tuple[dict, Any]:
+    """Inside a program: both where `state_shardings` says, on the mesh they lie on.
+
+    Left alone, the compiler may split a bias as the product before it, and the next update would be another program.
+    """
+    mesh = jax.typeof(jax.tree.leaves(train)[0]).sharding.mesh
+    if mesh.empty or not set(AXES) <= set(mesh.axis_names):
+        return train, opt_state
+    return jax.lax.with_sharding_constraint((train, opt_state), state_shardings(train, opt_state, mesh))
 
 
 def join(a: dict, b: dict) -> dict:

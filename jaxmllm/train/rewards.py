@@ -6,28 +6,21 @@ record, unless the run is told to go on without that one reward: a silent zero w
 """
 
 import concurrent.futures
-import importlib
-import inspect
 import logging
 import math
 import multiprocessing
-import numbers
-import os
-import threading
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from jaxmllm import tasks
 from jaxmllm.errors import InputError
 from jaxmllm.losses.advantages import repetition_penalty, soft_overlong_punishment
+from jaxmllm.train import reward_calls
 from jaxmllm.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
-Reward = Callable[[str, Mapping[str, Any]], Any]
 OfTokens = Callable[[Sequence[Sequence[int]]], Sequence[float]]  # token ids of all rows -> a reward for each
 FOREIGN_PROCESSES = 2  # for functions of others, unless the config says
 
@@ -70,57 +63,6 @@ def of_config(config: TrainConfig) -> "Rewards":
     )
 
 
-def task_reward(
-    text: str,
-    record: Mapping[str, Any],
-    by_task: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({}),
-    **style: Any,
-) -> Any:
-    """The reward of the record's own task, with those options that it knows, and those of `by_task` that are its own."""
-    reward = tasks.get(record["task"]).reward
-    known = inspect.signature(reward).parameters
-    options = {name: value for name, value in style.items() if name in known}
-    return reward(text, record, **options, **by_task.get(record["task"], {}))
-
-
-def resolve(name: str) -> Reward:
-    """The function a name means. InputError when it does not import or is not callable."""
-    if name == "task":
-        return task_reward
-    module, _, attribute = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"rollout.reward_funcs: {name!r} does not import ({error}); write module:function") from error
-    if not callable(function):
-        raise InputError(f"rollout.reward_funcs: {name!r} is a {type(function).__name__}, not a function")
-    return function
-
-
-def _parts(value: Any, name: str, record: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
-    """(total, named parts) of what a reward returned; NaN when it does not apply."""
-    if value is None:
-        return math.nan, {}
-    where = f"reward {name}, record {record.get('id')!r}"
-    if isinstance(value, Mapping):
-        parts = {key: math.nan if part is None else float(part) for key, part in value.items()}
-        if "reward" not in parts:
-            raise InputError(f"{where}: its dict lacks the key 'reward'")
-        total = parts["reward"]
-    elif isinstance(value, numbers.Real):
-        total, parts = float(value), {}
-    else:
-        raise InputError(f"{where}: returned {type(value).__name__}, expected a number, a dict or None")
-    if math.isinf(total):
-        raise InputError(f"{where}: returned {total}, expected a finite number")
-    return total, parts
-
-
-def _one(name: str, style: dict[str, Any], text: str, record: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
-    function = resolve(name)
-    return _parts(function(text, record, **style) if name == "task" else function(text, record), name, record)
-
-
 class Rewards:
     """Computes the table of rewards of a rollout.
 
@@ -144,7 +86,7 @@ class Rewards:
         self._of_tokens = {name: f for name, f in (of_tokens or {}).items() if name in self.names}
         self._of_text = [name for name in self.names if name not in self._of_tokens]
         for name in self._of_text:
-            resolve(name)
+            reward_calls.resolve(name)
         foreign = any(name != "task" for name in self._of_text)
         self._processes = (FOREIGN_PROCESSES if foreign else 0) if processes is None else processes
         self.failed = 0  # rewards of the last call that did not come
@@ -177,7 +119,7 @@ class Rewards:
     def _here(self, jobs, texts, records):
         for name, row in jobs:
             try:
-                yield _one(name, self._style, texts[row], records[row])
+                yield reward_calls.call(name, self._style, texts[row], records[row])
             except InputError:
                 raise
             except Exception as error:
@@ -211,10 +153,10 @@ class Rewards:
             # spawn: a forked copy of a process that runs JAX's threads can deadlock
             context = multiprocessing.get_context("spawn")
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                self._processes, mp_context=context, initializer=_end_with_parent
+                self._processes, mp_context=context, initializer=reward_calls.end_with_parent
             )
-            list(self._pool.map(_warm, range(self._processes)))
-        return [self._pool.submit(_one, name, self._style, texts[row], records[row]) for name, row in jobs]
+            list(self._pool.map(reward_calls.warm, range(self._processes)))
+        return [self._pool.submit(reward_calls.call, name, self._style, texts[row], records[row]) for name, row in jobs]
 
     def _missed(
         self, name: str, record: Mapping[str, Any], why: str, error: Exception
@@ -234,19 +176,3 @@ class Rewards:
             for worker in workers if kill else ():
                 worker.kill()
             self._pool = None
-
-
-def _warm(_: int) -> None:
-    """Runs once in each worker, so that importing is not counted against the first reward's time."""
-
-
-def _end_with_parent() -> None:
-    """Ends this worker when the run is gone: a killed one cannot tell it to, and the pool's own pipes stay open."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -24,7 +24,7 @@ from jaxmllm.model import lora
 from jaxmllm.tasks import answers, ocr
 from jaxmllm.train.config import EvaluationConfig, TrainConfig
 from jaxmllm.train.grpo import GRPO
-from jaxmllm.train.optim import make_optimizer, split
+from jaxmllm.train.optim import make_optimizer, split, state_shardings
 from jaxmllm.train.step import Update
 from jaxmllm.train.supervised import Supervised, first_corner
 from jaxmllm.train.warmup import HEADS, Warmup, init_heads, warmup_batches
@@ -141,30 +141,14 @@ def _new_state(config: TrainConfig, model: api.Model, mesh: Mesh) -> tuple[Train
         params = params | {HEADS: init_heads(jax.random.key(config.seed), model.cfg.vision.out_hidden_size)}
     params = jax.device_put(params, param_shardings(params, mesh))
     train, _ = split(params, config.trainable)
-    # moments lie where their parameter lies: zeros_like under jit keeps the sharding
-    shapes = jax.eval_shape(tx.init, train)
-    whole = NamedSharding(mesh, PartitionSpec())
-    by_shape = jax.tree.map(lambda x: x.sharding, train)
-    shardings = optimiser_shardings(shapes, train, by_shape, whole)
+    _, shardings = state_shardings(train, jax.eval_shape(tx.init, train), mesh)
     opt_state = jax.jit(tx.init, out_shardings=shardings)(train)
     # with adapters the reference is the model without them
     needs_reference = config.method == "grpo" and config.grpo.beta > 0 and config.lora is None
     reference = jax.tree.map(jnp.copy, train) if needs_reference else None
-    step = jax.device_put(jnp.zeros((), jnp.int32), whole)
+    step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
     update = Update(model.cfg, tx, config.trainable, config.optim.gradient_accumulation_steps)
     return TrainState(step, params, opt_state, reference), update
-
-
-def optimiser_shardings(shapes: Any, train: Any, shardings: Any, whole: NamedSharding) -> Any:
-    """Any subtree of the optimiser's state with the parameters' structure gets the parameters' shardings."""
-    structure: Any = jax.tree.structure(train)
-
-    def is_params(node: Any) -> bool:
-        return jax.tree.structure(node) == structure
-
-    return jax.tree.map(
-        lambda node: shardings if is_params(node) else jax.tree.map(lambda _: whole, node), shapes, is_leaf=is_params
-    )
 
 
 def _world_sources(config: TrainConfig) -> list[Any]:

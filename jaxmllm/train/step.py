@@ -22,7 +22,7 @@ from jaxmllm.losses.logprobs import Sampling, seen_tokens, token_logprobs
 from jaxmllm.losses.policy import grpo_loss, pool_metrics
 from jaxmllm.losses.supervised import cross_entropy_sums
 from jaxmllm.model import qwen_vl
-from jaxmllm.train.optim import join, split
+from jaxmllm.train.optim import join, kept_layout, split
 from jaxmllm.types import Completions, Prompts, TrainState
 
 Metrics = dict[str, Any]
@@ -104,9 +104,8 @@ def apply_gradients(
     def keep(new, old):
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
-    state = state.replace(
-        step=state.step + 1, params=join(keep(stepped, train), frozen), opt_state=keep(opt_state, state.opt_state)
-    )
+    train, opt_state = kept_layout(keep(stepped, train), keep(opt_state, state.opt_state))
+    state = state.replace(step=state.step + 1, params=join(train, frozen), opt_state=opt_state)
     return state, loss, metrics | {"grad_norm": norm[None], "nonfinite": (~finite).astype(jnp.float32)[None]}
 
 
