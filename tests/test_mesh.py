@@ -183,8 +183,8 @@ def test_specs():
     assert spec_for("text/norm/scale", (32,), mesh) == P()
     # an axis that does not divide moves to the largest free dimension that it divides, or is dropped
     assert spec_for("x/up_proj/kernel", (30, 8), mesh) == P(None, "tensor")
-    assert spec_for("x/up_proj/kernel", (4, 30, 9), mesh) == P("fsdp", "tensor", None)
-    assert spec_for("x/up_proj/kernel", (3, 5), mesh) == P(None, None)
+    assert spec_for("x/up_proj/kernel", (4, 30, 9), mesh) == P("fsdp", "tensor")
+    assert spec_for("x/up_proj/kernel", (3, 5), mesh) == P()
 
 
 def test_an_axis_that_does_not_divide_is_logged(caplog):
