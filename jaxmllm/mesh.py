@@ -64,7 +64,9 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules
 
     An axis that does not divide its dimension moves to the largest free dimension it divides, or is dropped; both are
     logged. Axes of size 1 and whole dimensions at the end are left out: so the compiler names what a program returns, and
-    another name for the same layout would be another program. Raises ValueError for a path without a rule or a rule that names an axis twice.
+    another name for the same layout would be another program.
+
+    Raises ValueError for a path without a rule or a rule that names an axis twice.
     """
     rule = next((spec for pattern, spec in rules if re.fullmatch(pattern, path)), None)
     if rule is None:

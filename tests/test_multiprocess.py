@@ -65,7 +65,7 @@ class Job:
                 dict(zip(distributed.EXPLICIT, (address, str(count), str(number)), strict=True)) if count > 1 else {}
             )
             env = {**os.environ, **given, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-            env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+            env["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
             command = [sys.executable, "-m", "tests.multiprocess_job", str(folder), json.dumps(changes)]
             with open(log, "w") as out:
                 self.processes.append(
