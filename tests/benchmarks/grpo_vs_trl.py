@@ -1,12 +1,11 @@
 """A GRPO step on pictures against TRL's GRPOTrainer: same weights, pictures, prompts, reward, G and lengths, one run.
 
-    python -m tests.benchmarks.grpo_vs_trl --peer-python PEERS/bin/python [--save] [--curve 40]
+    python -m tests.benchmarks.grpo_vs_trl --peer-python PEERS/bin/python [--save]
 
 48M configuration, 2 prompts of one 448 px image, G 8, 32 new tokens, beta 0.04, AdamW, everything trained. The step is
 whole: pictures are read and prepared, completions drawn, rewarded, scored under the reference, and the weights updated.
 Random weights write an end token about once in 100,000 tokens, so all completions have full length; that is checked.
-`--curve N`: instead of the clock, N updates of the embedded model on counting, same records in the same order, several
-seeds of each; the mean rewards must agree within seed noise. Needs the `peers` extra; PEERS may be another environment.
+Needs the `peers` extra; PEERS may be another environment.
 """
 
 import json
@@ -18,7 +17,6 @@ from pathlib import Path
 from tests.benchmarks.side_by_side import Side, all_versions, compare, options, peak_mib, ratios, report, serve
 
 MODULE = "tests.benchmarks.grpo_vs_trl"
-SCENES = "world:counting?size=84x84&objects=2-4&length=1000000"
 COLUMNS = (
     "seconds",
     "processor",
@@ -37,7 +35,7 @@ COLUMNS = (
 
 
 def config(setup: dict):
-    """The run; `setup` holds what differs between the clock and the curve."""
+    """The run of `setup`."""
     from jaxmllm.losses.grpo_options import GRPOOptions
     from jaxmllm.train.config import DataConfig, OptimConfig, RolloutConfig, TrainConfig
 
@@ -105,7 +103,6 @@ def records(setup: dict) -> list[dict]:
         {
             "prompt": [{"role": "user", "content": row["prompt"]}],
             "image": Image.open(folder / row["image"]).convert("RGB"),
-            "record": json.dumps(row.get("record")),
         }
         for row in rows
     ]
@@ -116,6 +113,8 @@ def theirs(setup: dict) -> None:
     import datasets
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
+
+    from tests.benchmarks.peers_48m import checksum
 
     imported = peak_mib()
     go, done = threading.Semaphore(0), threading.Semaphore(0)
@@ -139,15 +138,9 @@ def theirs(setup: dict) -> None:
             clock["rollout"] = time.perf_counter() - started
             return output
 
-    def reward(completions, record, **_):
+    def reward(completions, **_):
         texts = [completion[0]["content"] for completion in completions]
-        if setup["reward"] != "task":
-            from tests.benchmarks.peers_48m import checksum
-
-            return [checksum(text) for text in texts]
-        from jaxmllm.tasks import counting
-
-        return [counting.reward(text, json.loads(one)) for text, one in zip(texts, record, strict=True)]
+        return [checksum(text) for text in texts]
 
     new_tokens = setup["new_tokens"]
     args = GRPOConfig(
