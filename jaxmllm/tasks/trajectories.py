@@ -134,6 +134,9 @@ _GROUP = rf"{_NUMBER}(?:,{_NUMBER}){{3}}"
 _BRACKET = re.compile(rf"\[({_GROUP}(?:;{_GROUP})*+)\]")
 
 
+MAX_IDENTITIES = 1000
+
+
 def _label(text: str, end: int) -> str:
     """The longest run of letters, digits, `_`, `-` and blanks that ends at `end`, stripped."""
     start = end
@@ -153,7 +156,7 @@ def parse_trajectories(text: str) -> list[dict[str, Any]]:
     `<Id N>` and `</Id N>` may hold blanks and any case. A body ends at the first closing tag before the next opening
     tag, else there, else at the end; it is closed if that closing tag carries its own number. Inside, `Frame t:[box]`
     in the spellings of the data (`frame:1:`, `Frame2: [..]`); a frame without a box is skipped, the first box of a
-    frame counts. Never raises; only the first 65,536 characters are read.
+    frame counts. Never raises; only the first 65,536 characters and 1,000 identities are read.
     """
     text = text[:MAX_CHARS]
     found: list[dict[str, Any]] = []
@@ -168,6 +171,8 @@ def parse_trajectories(text: str) -> list[dict[str, Any]]:
             if current is not None:
                 current["closed"] = int(part["id"]) == current["id"]
             current = None
+        elif len(found) == MAX_IDENTITIES:
+            break
         else:
             label = _label(text, part.start())
             current = {"id": int(part["id"]), "label": label, "closed": False, "frames": {}, "listed": []}
