@@ -2,14 +2,15 @@
 
     ./launch/local.sh jaxmllm train configs/quickstart.py
 
-No network, no accelerator. The run folder is runs/quickstart, with report.html at the end.
+No network, no accelerator; under eight minutes on two cores. The run folder is runs/quickstart, with report.html at the end.
 """
 
 from jaxmllm.losses.grpo_options import GRPOOptions
 from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig
 
-RELATION = "world:grounding?size=84x84&objects=3-4&depth=1-1"  # "the star left of the red circle": what it is worst at
-COUNTING = "world:counting?size=84x84&objects=2-4"
+# The embedded model knows clean pictures (pixel noise of 4 levels of 255); these are grainy, as from a cheap camera in the dark.
+SCENES = "size=84x84&objects=2-4&noise=18"
+GROUNDING, COUNTING = f"world:grounding?{SCENES}", f"world:counting?{SCENES}"
 
 config = TrainConfig(
     name="quickstart",
@@ -18,13 +19,13 @@ config = TrainConfig(
     trainable=r"(?!vision/).*",  # the tower is frozen: its output is computed once a rollout
     unroll=True,
     batch_size=16,
-    max_steps=120,
+    max_steps=100,
     data=DataConfig(
-        train=(f"{RELATION}&length=1000000", f"{COUNTING}&length=1000000"),
+        train=(f"{GROUNDING}&length=1000000", f"{COUNTING}&length=1000000"),
         weights=(1.0, 1.0),
-        eval=(f"{RELATION}&split=val", f"{COUNTING}&split=val"),
+        eval=(f"{GROUNDING}&split=val", f"{COUNTING}&split=val"),
     ),
-    optim=OptimConfig(learning_rate=1e-4, lr_scheduler_type="constant", adam_beta2=0.98),
+    optim=OptimConfig(learning_rate=2e-4, lr_scheduler_type="constant", adam_beta2=0.98),
     grpo=GRPOOptions(num_generations=8, max_completion_length=48, epsilon_high=0.28),
     completions_steps=40,
     save_steps=40,

@@ -81,7 +81,7 @@ def test_grounding_matching_and_blame_are_learnt_without_a_label_of_the_wrong_ed
         updates, state_ = optimiser.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state_
 
-    train, (inputs, match, referent, wrong, edges) = batch(samples(6_000, 1)), batch(samples(600, 2))
+    train, (inputs, match, referent, wrong, edges) = batch(samples(12_000, 1)), batch(samples(600, 2))
     rng = np.random.default_rng(0)
     for n in range(steps):
         pick = rng.integers(0, len(train[1]), size)
