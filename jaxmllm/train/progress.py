@@ -46,7 +46,7 @@ class Live:
         if self.console.is_terminal:
             self._bar.update(self._task, completed=step, figures=figures)
         elif step % self._every == 0 or step == 1:
-            self.console.print(f"{step}/{self.config.max_steps}  {figures}")
+            self.console.print(f"{step}/{self.config.max_steps}  {figures}", soft_wrap=True)  # one line each in a log
 
     @staticmethod
     def figures(metrics: dict[str, float]) -> str:
