@@ -126,7 +126,10 @@ def test_no_thread_or_open_file_is_left(tmp_path):
             assert len(open_below(tmp_path)) == 2  # metrics.jsonl and TensorBoard's, which a thread writes
             assert set(threading.enumerate()) - threads
     assert not open_below(tmp_path)
-    assert not set(threading.enumerate()) - threads
+    left = set(threading.enumerate()) - threads
+    for thread in left:  # one that was told to end may take a moment
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in left)
 
 
 def test_a_start_names_versions_seed_and_commit(tmp_path):
