@@ -278,9 +278,8 @@ def local_rows(tree: Any) -> Any:
     """The rows of this process as numpy arrays, of arrays whose first axis is split over the mesh; scalars as they are."""
 
     def fetch(x: jax.Array | np.ndarray) -> np.ndarray:
-        if not isinstance(x, jax.Array):  # never left the host
-            return np.asarray(x)
-        if x.is_fully_addressable or x.is_fully_replicated:
+        # one that never left the host is no jax array
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
             return np.asarray(x)
         rows = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
         return np.concatenate([np.asarray(rows[start].data) for start in sorted(rows)])

@@ -107,14 +107,20 @@ def param_shardings(params: Any, mesh: Mesh | AbstractMesh, rules=RULES) -> Any:
     return jax.tree.map(lambda path, x: NamedSharding(mesh, spec_for(path, x.shape, mesh, rules)), tree_paths(params), params)
 
 
+def mesh_of(x: Any) -> AbstractMesh | None:
+    """Inside a program: the mesh that `x` lies on; None where that is none of ours."""
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh if not mesh.empty and set(AXES) <= set(mesh.axis_names) else None
+
+
 def lay_out(x: Any, spec: PartitionSpec, like: Any) -> Any:
     """Inside a program: `x` split so over the mesh that `like` lies on; `x` itself where that is none of ours.
 
     For arrays that a program makes from nothing, which the compiler would otherwise keep whole on every device. An axis that
     does not divide its dimension is dropped.
     """
-    mesh = jax.typeof(like).sharding.mesh
-    if mesh.empty or not set(AXES) <= set(mesh.axis_names):
+    mesh = mesh_of(like)
+    if mesh is None:
         return x
 
     def size(axes: Any) -> int:
@@ -130,9 +136,9 @@ def gathered(x: Any, path: str, dtype: Any) -> Any:
     Said at every use: left alone, the compiler may keep the parameter split and move the activations, which are larger. `x`
     itself, in its own type, without a mesh that splits it or a rule for the path.
     """
-    mesh = jax.typeof(x).sharding.mesh
+    mesh = mesh_of(x)
     known = any(re.fullmatch(pattern, path) for pattern, _ in RULES)
-    if mesh.empty or not set(AXES) <= set(mesh.axis_names) or mesh.shape["fsdp"] == 1 or not known:
+    if mesh is None or mesh.shape["fsdp"] == 1 or not known:
         return x
     stored = spec_for(path, x.shape, mesh)
     whole = P(*(None if axis == "fsdp" else axis for axis in stored))
@@ -157,14 +163,14 @@ _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 def row_parts(like: Any) -> int:
     """Inside a program: into how many parts the mesh that `like` lies on splits the rows of a batch."""
-    mesh = jax.typeof(like).sharding.mesh
-    return 1 if mesh.empty or not set(AXES) <= set(mesh.axis_names) else mesh.shape["replica"] * mesh.shape["fsdp"]
+    mesh = mesh_of(like)
+    return 1 if mesh is None else mesh.shape["replica"] * mesh.shape["fsdp"]
 
 
 def splits_vocabulary(like: Any) -> bool:
     """Inside a program: whether the mesh that `like` lies on splits the vocabulary."""
-    mesh = jax.typeof(like).sharding.mesh
-    return not mesh.empty and set(AXES) <= set(mesh.axis_names) and mesh.shape["tensor"] > 1
+    mesh = mesh_of(like)
+    return mesh is not None and mesh.shape["tensor"] > 1
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxmllm.errors import InputError
-from jaxmllm.mesh import AXES, param_shardings, tree_paths
+from jaxmllm.mesh import mesh_of, param_shardings, tree_paths
 from jaxmllm.train.config import OptimConfig
 
 CONSTANTS = r"lora/.*/scale"  # part of an adapter, never trained
@@ -70,8 +70,8 @@ def kept_layout(train: dict, opt_state: Any) -> tuple[dict, Any]:
 
     Left alone, the compiler may split a bias as the product before it, and the next update would be another program.
     """
-    mesh = jax.typeof(jax.tree.leaves(train)[0]).sharding.mesh
-    if mesh.empty or not set(AXES) <= set(mesh.axis_names):
+    mesh = mesh_of(jax.tree.leaves(train)[0])
+    if mesh is None:
         return train, opt_state
     return jax.lax.with_sharding_constraint((train, opt_state), state_shardings(train, opt_state, mesh))
 
