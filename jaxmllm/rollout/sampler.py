@@ -39,13 +39,15 @@ def row_keys(seed: Key[Array, ""], ids: Int[Array, "B"], num_generations: int) -
     return jax.vmap(lambda i: one(jax.random.fold_in(seed, i), jnp.arange(num_generations)))(ids)
 
 
-def draw(keys: Key[Array, "R"], x: Float[Array, "R V"], norm: Float[Array, "R"]) -> Int[Array, "R"]:
-    """One token a row by the inverse of the distribution function, in two levels so that float32 sums stay exact enough.
+def draw(keys: Key[Array, "R"], x: Float[Array, "R V"]) -> tuple[Int[Array, "R"], Float[Array, "R"]]:
+    """One token a row and its log-probability, by the inverse of the distribution function of the log-weights `x`.
 
-    Two uniforms a row instead of one Gumbel variate a vocabulary entry.
+    In two levels, so that float32 sums stay exact enough: a block of the vocabulary, then a token in it. One pass of
+    exponentials gives both the sums of the blocks and the norm; two uniforms a row replace one Gumbel variate an entry.
     """
     rows, vocab = x.shape
-    probs = jnp.pad(jnp.exp(x - norm[:, None]), ((0, 0), (0, -vocab % BLOCK))).reshape(rows, -1, BLOCK)
+    top = x.max(-1, keepdims=True)
+    sums = jnp.pad(jnp.exp(x - top), ((0, 0), (0, -vocab % BLOCK))).reshape(rows, -1, BLOCK).sum(-1)
     u = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
 
     def pick(weights, u):
@@ -55,9 +57,12 @@ def draw(keys: Key[Array, "R"], x: Float[Array, "R V"], norm: Float[Array, "R"])
         # u * total can round up to the total: then take the likeliest, which has weight
         return jnp.where(beyond.any(-1), beyond.argmax(-1), weights.argmax(-1))
 
-    block = pick(probs.sum(-1), u[:, 0])
-    inside = pick(jnp.take_along_axis(probs, block[:, None, None], axis=1)[:, 0], u[:, 1])
-    return (block * BLOCK + inside).astype(jnp.int32)
+    first = pick(sums, u[:, 0])[:, None] * BLOCK
+    ids = first + jnp.arange(BLOCK)
+    inside = jnp.take_along_axis(x, jnp.minimum(ids, vocab - 1), axis=-1) - top
+    token = pick(jnp.where(ids < vocab, jnp.exp(inside), 0), u[:, 1])[:, None]
+    logp = jnp.take_along_axis(inside, token, axis=-1)[:, 0] - jnp.log(sums.sum(-1))
+    return (first + token)[:, 0].astype(jnp.int32), logp
 
 
 def _write(params, sampling: Sampling, stop_ids: tuple[int, ...], hidden: Float[Array, "B G D"], state: State) -> State:
@@ -65,13 +70,12 @@ def _write(params, sampling: Sampling, stop_ids: tuple[int, ...], hidden: Float[
     b, g, _ = hidden.shape
     raw = qwen_vl.logits(params, hidden).reshape(b * g, -1)
     scored = warp(raw, sampling.scored, state.seen)
-    norm = jax.nn.logsumexp(scored, axis=-1)
     if sampling.temperature == 0:
         token = jnp.argmax(warp(raw, sampling, state.seen), axis=-1).astype(jnp.int32)
+        logp = jnp.take_along_axis(scored, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(scored, axis=-1)
     else:
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys.reshape(-1), state.step)
-        token = draw(step_keys, scored, norm)
-    logp = jnp.take_along_axis(scored, token[:, None], axis=-1)[:, 0] - norm
+        token, logp = draw(step_keys, scored)
     seen = None if state.seen is None else add_seen(state.seen, token)
     token, logp = token.reshape(b, g), logp.reshape(b, g)
 
