@@ -13,7 +13,7 @@ from jaxmllm.errors import InputError
 from jaxmllm.losses.logprobs import Sampling
 from jaxmllm.mesh import RULES, make_mesh, param_shardings, shard_batch, spec_for, tree_paths
 from jaxmllm.model import hf, lora
-from jaxmllm.rollout import sampler
+from jaxmllm.rollout import layout, sampler
 from jaxmllm.train.step import score
 from tests import tiny
 
@@ -70,6 +70,35 @@ def test_sharded_equals_unsharded(sizes, batch, single):
         np.testing.assert_array_equal(got.tokens, expected.tokens)
         np.testing.assert_array_equal(got.lengths, expected.lengths)
         np.testing.assert_allclose(got.logps, expected.logps, atol=1e-5)
+
+
+# ---------------------------------------------------------------- the order of rows
+
+
+@pytest.mark.parametrize("blocks, cuts, microbatches", [(1, 1, 2), (2, 1, 4), (4, 2, 2), (1, 3, 4)])
+def test_rows_that_teach_nothing_share_the_last_microbatches(blocks, cuts, microbatches):
+    rng = np.random.default_rng(blocks)
+    rows = blocks * cuts * microbatches * 3
+    for share in (0.0, 0.3, 0.7, 1.0):
+        teaches = rng.random(rows) < share
+        order = layout.idle_last(teaches, blocks, cuts, microbatches)
+        where = np.arange(rows).reshape(blocks, -1)
+        moved = order.reshape(blocks, -1)
+        for cut in range(cuts):
+            before, after = where[:, cut::cuts], moved[:, cut::cuts]
+            np.testing.assert_array_equal(np.sort(after, axis=1), before)  # every row stays in its block and cut
+            needed = -(-teaches[before].sum(1) // (before.shape[1] // microbatches))  # microbatches, by block
+            for k in range(microbatches):
+                assert (teaches[after[:, k::microbatches]].any(1) == (k < needed)).all()
+
+
+def test_rows_are_taken_where_they_lie():
+    mesh = make_mesh(fsdp=4, tensor=2)
+    x, order = np.arange(24.0).reshape(8, 3), np.array([1, 0, 0, 1, 1, 1, 0, 0], np.int32)
+    taken = layout.take_rows.lower(*shard_batch(((x, None), order), mesh), mesh).compile()
+    assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", taken.as_text())
+    out = layout.take_rows(*shard_batch(((x, None), order), mesh), mesh)
+    np.testing.assert_array_equal(out[0], x[order + np.arange(8) // 2 * 2])
 
 
 # ---------------------------------------------------------------- collectives

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxmllm.errors import InputError
+from jaxmllm.losses.grpo_options import GRPOOptions
 from jaxmllm.runfiles import read_json, read_lines, write_json
 from jaxmllm.train import loop, setup
 from jaxmllm.train.checkpoint import Checkpoints
@@ -34,6 +35,30 @@ def run_config(folder, grpo=None, **changes):
     """Two updates without evaluations."""
     base = training.config(folder, **{"max_steps": 2, "save_steps": 10, "data": TRAIN, **changes})
     return dataclasses.replace(base, grpo=dataclasses.replace(base.grpo, **grpo or {}))
+
+
+# ---------------------------------------------------------------- groups that teach nothing
+
+
+def test_an_update_leaves_out_groups_that_teach_nothing(tmp_path, monkeypatch):
+    """The same losses and gradients as with them, and where no group teaches nothing is computed."""
+    cut = OptimConfig(learning_rate=1e-3, lr_scheduler_type="constant", gradient_accumulation_steps=2)
+    alike = training.rewarded_by("mostly_alike")
+
+    def run(name, rollout=alike):
+        config = run_config(tmp_path, {"beta": 0.0}, name=name, rollout=rollout, batch_size=4, max_steps=4, optim=cut)
+        return read_lines(train(config) / "metrics.jsonl")
+
+    left_out, nothing = run("left_out"), run("nothing", training.rewarded_by("alike"))
+    monkeypatch.setattr(GRPOOptions, "only_advantages", False)
+    jax.clear_caches()
+    computed = run("computed")
+    assert {row["frac_reward_zero_std"] for row in computed} - {0.0, 1.0}  # some groups of a batch, not all
+    for row, other in zip(left_out, computed, strict=True):
+        for name in ("loss", "grad_norm", "reward"):
+            assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+    assert any(row["entropy"] != pytest.approx(other["entropy"]) for row, other in zip(left_out, computed, strict=True))
+    assert all(row["entropy"] == row["loss"] == row["grad_norm"] == 0 for row in nothing)
 
 
 # ---------------------------------------------------------------- dynamic sampling

@@ -117,6 +117,12 @@ class GRPOOptions:
         """`epsilon`, `epsilon_high` with its fallback, `delta`."""
         return ClipRange(self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high, self.delta)
 
+    @property
+    def only_advantages(self) -> bool:
+        """Whether a completion whose advantage is 0 adds nothing to loss and gradient: no KL term, no entropy bonus."""
+        bonus = self.use_adaptive_entropy or self.entropy_coef != 0
+        return self.beta == 0 and self.kl_ctrl == "fixed" and not bonus
+
     def validate(self, batch_size: int | None = None, num_reward_functions: int | None = None) -> "GRPOOptions":
         """Self if the options make sense, also for a batch of `batch_size` completions and so many reward functions.
 

@@ -260,12 +260,14 @@ def pool_metrics(
     counted: Float[Array, "K"],
     options: GRPOOptions,
     token_advantages: bool = False,
+    ran: Float[Array, "K"] | None = None,
 ) -> Metrics:
     """Metrics of K equal micro-batches, stacked, as those of the whole batch; `counted` holds their counted tokens.
 
     `policy_loss` is summed; minima and maxima are taken over micro-batches that count a token; means over rows are
     averaged; the rest, means over tokens, are weighted by `counted`. Approximate are `rollout_corr/ess`, which is no
-    mean, and `entropy_kept` under an entropy mask. `token_advantages`: advantages were per token.
+    mean, and `entropy_kept` under an entropy mask. `token_advantages`: advantages were per token. `ran`: 0 for a
+    micro-batch that was left out, whose `counted` is 0 too; default: all ran.
     """
     row_means = _row_means(options, token_advantages)
 
@@ -276,7 +278,7 @@ def pool_metrics(
             return masked_min(values, counted)
         if name.endswith(("_max", "/max")):
             return masked_max(values, counted)
-        return jnp.mean(values) if name in row_means else masked_mean(values, counted)
+        return masked_mean(values, (jnp.ones_like(counted) if ran is None else ran) if name in row_means else counted)
 
     return {name: pool(name, values) for name, values in metrics.items()}
 

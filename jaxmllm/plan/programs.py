@@ -109,6 +109,7 @@ class Programs:
         if config.method == "vision_warmup":
             raise InputError("method 'vision_warmup': there is no plan for it, it trains small towers")
         self.tx = make_optimizer(config.optim, config.max_steps)
+        # without `skip_idle`: a plan counts every group as one that teaches
         self.update = Update(self.cfg, self.tx, config.trainable, config.optim.gradient_accumulation_steps)
         self.opened_shardings: Any = None  # of `opened`: known once the prefill is compiled
         self.state = self._state()

@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Int
 
 from jaxmllm.mesh import BATCH, RULES, P, param_shardings, tree_paths
 
@@ -76,3 +78,28 @@ def move_rows(tree: Any, mesh: Mesh) -> Any:
         return x if _lies(x, sharding) else _mover(sharding)(x)
 
     return jax.tree.map(move, tree)
+
+
+def idle_last(teaches: Bool[np.ndarray, "B"], blocks: int, cuts: int, microbatches: int) -> Int[np.ndarray, "B"]:
+    """An order of prompts in which those that teach nothing share the last microbatches, which can then be left out.
+
+    The rows lie in `blocks`, one a device, and stay in theirs. Cut c takes rows c, c + cuts, ... of a block, and of those
+    microbatch k takes rows k, k + microbatches, ...; a row stays in its cut.
+    """
+    size = len(teaches) // blocks
+    order = np.empty(len(teaches), np.int32)
+    for first in range(0, len(teaches), size):
+        for cut in range(cuts):
+            places = np.arange(first + cut, first + size, cuts)
+            order[places.reshape(-1, microbatches).T.reshape(-1)] = places[np.argsort(~teaches[places], kind="stable")]
+    return order
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def take_rows(tree: Any, order: Int[Array, "B"], mesh: Mesh) -> Any:
+    """Rows of every device's block in `order`, which counts inside the block: nothing is sent."""
+
+    def take(tree, order):
+        return jax.tree.map(lambda x: x[order], tree)
+
+    return jax.shard_map(take, mesh=mesh, in_specs=BATCH, out_specs=BATCH)(tree, order)

@@ -240,21 +240,30 @@ class GRPO:
     ) -> Drawn:
         """The rollout of these groups. `known`: what else is told about the batch, see `judge`."""
         options, b, g = self.options, len(groups), self.options.num_generations
-        lengths, stopped = (
-            np.concatenate([getattr(group, name) for group in groups]) for name in ("lengths", "stopped")
-        )
-        table, parts = np.concatenate([group.rewards for group in groups]), [p for group in groups for p in group.parts]
+
+        def column(name: str) -> np.ndarray:
+            return np.concatenate([getattr(group, name) for group in groups])
+
         told = {
-            "table": np.asarray(table, np.float64).tolist(),
-            "lengths": lengths.tolist(),
-            "stopped": stopped.tolist(),
-            "parts": parts,
+            "table": np.asarray(column("rewards"), np.float64).tolist(),
+            "lengths": column("lengths").tolist(),
+            "stopped": column("stopped").tolist(),
+            "parts": [part for group in groups for part in group.parts],
         }
-        block, _ = distributed.row_block(run.mesh)
+        block, blocks = distributed.row_block(run.mesh)
         estimated, metrics = judge(told | known, block, list(self.rewards.names), options)
+        advantages = estimated.reshape(-1, g)[block * b : (block + 1) * b]
+        if run.update.skip_idle and not estimated.reshape(-1, g).any(1).all():
+            parts = run.mesh.shape["replica"] * run.mesh.shape["fsdp"] // blocks  # devices with rows of this process
+            cuts = self.config.rollout.steps_per_generation
+            order = layout.idle_last(advantages.any(1), parts, cuts, run.update.accumulation_steps)
+            on_mesh = shard_batch(order % (b // parts), run.mesh)
+            prompts, vision_tokens = layout.take_rows((prompts, vision_tokens), on_mesh, run.mesh)
+            groups, advantages = [groups[k] for k in order], advantages[order]
         clock.lap("reward")
 
         # what nobody wrote costs nothing in scoring and update
+        lengths, stopped = column("lengths"), column("stopped")
         width = cut_length(int(metrics["completions/max_length"]), groups[0].tokens.shape[1])
         counted = np.arange(width) < lengths[:, None]
         if options.mask_truncated_completions:
@@ -265,11 +274,10 @@ class GRPO:
             lengths=shard_batch(lengths.reshape(b, g), run.mesh),
             weights=shard_batch(counted.reshape(b, g, -1).astype(np.float32), run.mesh),
         )
-        advantages = estimated[block * b * g : (block + 1) * b * g]
         rollout = Rollout(
             prompts=prompts,
             completions=completions,
-            advantages=shard_batch(advantages.reshape(b, g), run.mesh),
+            advantages=shard_batch(advantages, run.mesh),
             vision_tokens=vision_tokens,
             # the weights that sampled are the weights at the start of the update: no pass for old log-probabilities
             old_logps=logps if self.updates > 1 else None,
@@ -277,8 +285,15 @@ class GRPO:
             sampling_logps=logps,
         )
         clock.lap("score")
-        records = [group.record for group in groups for _ in range(g)]
-        return Drawn(rollout, [t for group in groups for t in group.texts], records, table, advantages, parts, metrics)
+        return Drawn(
+            rollout=rollout,
+            texts=[text for group in groups for text in group.texts],
+            records=[group.record for group in groups for _ in range(g)],
+            rewards=column("rewards"),
+            advantages=advantages.reshape(-1),
+            parts=[part for group in groups for part in group.parts],
+            metrics=metrics,
+        )
 
     def for_sampling(self, run: Run, rows: Any) -> tuple[Any, Any]:
         """Parameters and rows as the sampler wants them: the trainer's own where both layouts and types agree."""

@@ -147,7 +147,9 @@ def _new_state(config: TrainConfig, model: api.Model, mesh: Mesh) -> tuple[Train
     needs_reference = config.method == "grpo" and config.grpo.beta > 0 and config.lora is None
     reference = jax.tree.map(jnp.copy, train) if needs_reference else None
     step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
-    update = Update(model.cfg, tx, config.trainable, config.optim.gradient_accumulation_steps)
+    cut = config.optim.gradient_accumulation_steps
+    skip_idle = config.method == "grpo" and cut > 1 and config.grpo.only_advantages
+    update = Update(model.cfg, tx, config.trainable, cut, skip_idle)
     return TrainState(step, params, opt_state, reference), update
 
 

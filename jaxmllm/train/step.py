@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxmllm.config import ModelConfig
 from jaxmllm.losses.correction import entropy_threshold
@@ -74,13 +74,19 @@ class Update:
     tx: optax.GradientTransformation
     trainable: str
     accumulation_steps: int = 1
+    skip_idle: bool = False  # leave out microbatches whose advantages are all 0, where nothing else teaches
 
 
 def apply_gradients(
-    state: TrainState, update: Update, loss_fn: Callable[[dict, Any], tuple[Float[Array, ""], Metrics]], batch: Any
+    state: TrainState,
+    update: Update,
+    loss_fn: Callable[[dict, Any], tuple[Float[Array, ""], Metrics]],
+    batch: Any,
+    teaches: Callable[[Any], Bool[Array, ""]] | None = None,
 ) -> tuple[TrainState, Float[Array, ""], Metrics]:
     """One optimiser step on the sum of `loss_fn` over microbatches. A step whose gradient is not finite changes nothing.
 
+    `teaches(microbatch)`: False where loss and gradient are known to be 0; it is then not computed, and its metrics are 0.
     Returns the new state, the loss and the metrics of every microbatch, stacked.
     """
     train, frozen = split(state.params, update.trainable)
@@ -90,12 +96,18 @@ def apply_gradients(
         (loss, metrics), grads = differentiate(train, micro)
         return jax.tree.map(jnp.add, total, (loss, grads)), metrics
 
+    def add_if_it_teaches(total, micro):
+        _, metrics = jax.eval_shape(add, total, micro)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+        return jax.lax.cond(teaches(micro), lambda: add(total, micro), lambda: (total, nothing))
+
     if update.accumulation_steps == 1:
         (loss, metrics), grads = differentiate(train, batch)
         metrics = jax.tree.map(lambda x: x[None], metrics)
     else:
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, train))
-        (loss, grads), metrics = jax.lax.scan(add, zero, microbatches(batch, update.accumulation_steps))
+        one = add_if_it_teaches if teaches else add
+        (loss, grads), metrics = jax.lax.scan(one, zero, microbatches(batch, update.accumulation_steps))
     norm = optax.tree.norm(grads)
     updates, opt_state = update.tx.update(grads, state.opt_state, train)
     stepped = optax.apply_updates(train, updates)
@@ -159,11 +171,15 @@ def grpo_step(
         if micro.sampling_logps is not None:
             gap = jnp.where(mask > 0, jnp.abs(_flat(logps) - _flat(micro.sampling_logps)), 0)
             metrics["sampling/sampling_logp_difference/max"] = gap.max()
-        return loss, metrics | {"counted": mask.sum()}
+        return loss, metrics | {"counted": mask.sum(), "ran": jnp.ones(())}
 
-    state, loss, metrics = apply_gradients(state, update, loss_fn, rollout)
+    def teaches(micro: Rollout):
+        return (micro.advantages != 0).any()
+
+    state, loss, metrics = apply_gradients(state, update, loss_fn, rollout, teaches if update.skip_idle else None)
     once = {name: metrics.pop(name)[0] for name in ("grad_norm", "nonfinite")}
-    pooled = pool_metrics(metrics, metrics.pop("counted"), options)
+    counted, ran = metrics.pop("counted"), metrics.pop("ran")
+    pooled = pool_metrics(metrics, counted, options, ran=ran)
     if beta is not None:
         once["kl_coef"] = beta
     return state, pooled | once | {"loss": loss}
