@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from jaxmllm.commands import reflect
 from jaxmllm.errors import InputError
 
 Many = tyro.conf.UseAppendAction
@@ -349,7 +350,14 @@ def train(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"sample": sample, "score": score, "convert": convert, "eval": evaluate, "report": report}
+COMMANDS = {
+    "sample": sample,
+    "score": score,
+    "reflect": reflect,
+    "convert": convert,
+    "eval": evaluate,
+    "report": report,
+}
 DATA_COMMANDS = {"preview": preview, "materialise": materialise}
 
 

@@ -49,8 +49,8 @@ def test_the_policy_sees_everything_said_before():
         assert row["turns"][2]["feedback"] is None
         said = texts(third)[2][1]
         assert said == row["turns"][0]["feedback"]
-        clause = next(s for s in r.SCORE_CLAUSES if said.startswith(s.format(s=f"{6 + k / 10:.3g}")))
-        request = next(q for q in r.REQUESTS if said.endswith(q))
+        clause = next(s for s in r.CAPTION_WORDING.scores if said.startswith(s.format(s=f"{6 + k / 10:.3g}")))
+        request = next(q for q in r.CAPTION_WORDING.requests if said.endswith(q))
         assert said == f"{clause.format(s=f'{6 + k / 10:.3g}')} The dog 0/{k} is missing. {request}"
 
 
@@ -72,14 +72,14 @@ def test_an_unreadable_score_leaves_the_rationale():
     critic = r.model_critic(Scripted("critic", lambda n, k: "The dog is a cat."))
     (row,) = r.reflect(Scripted("answer"), critic, RECORDS[:1], turns=2)
     said = row["turns"][0]["feedback"]
-    assert said.startswith("The dog is a cat. ") and said.removeprefix("The dog is a cat. ") in r.REQUESTS
+    assert said.startswith("The dog is a cat. ") and said.removeprefix("The dog is a cat. ") in r.CAPTION_WORDING.requests
     assert row["best_turn"] is None and row["turns"][0]["score"] is None
 
 
 def test_a_rule_critic_scores_silently():
     policy = Scripted("answer", lambda n, k: ["A cat.", "A red dog on a mat.", "A dog."][n])
     (row,) = r.reflect(policy, r.reward_critic(captioning.reward), RECORDS[:1])
-    assert row["turns"][0]["feedback"] in r.BARE_REQUESTS and row["turns"][1]["score"] == pytest.approx(10)
+    assert row["turns"][0]["feedback"] in r.CAPTION_WORDING.bare_requests and row["turns"][1]["score"] == pytest.approx(10)
     assert row["best_turn"] == 1 and row["final"] == "A dog."  # the last answer is reported, not the best
 
 
@@ -156,10 +156,14 @@ def test_without_a_middle_there_are_two_answers():
 def test_feedback_of_both_sources():
     vlm = of_length([3, 6.5, 10], 3)
     first, second, last = (t["feedback"] for t in vlm["turns"])
-    assert any(first == f"{clause.format(s='3')} bottles are wrong {ask}" for clause in r.SCORE_CLAUSES for ask in r.REQUESTS)
+    words = r.CAPTION_WORDING
+    assert any(first == f"{clause.format(s='3')} bottles are wrong {ask}" for clause in words.scores for ask in words.requests)
     assert "6.5" in second and last is None
     rule = of_length([0.2, 0.5, 0.8], 3, "rule")
-    assert all(t["feedback"] in r.BARE_REQUESTS for t in rule["turns"][:2]) and rule["turns"][2]["feedback"] is None
+    assert all(t["feedback"] in words.bare_requests for t in rule["turns"][:2]) and rule["turns"][2]["feedback"] is None
+    about = {"record": {"task": "grounding"}}  # not a caption: feedback does not call it one
+    boxed = next(d for k in range(99) if len((d := r.build_dialogue(item([3, 10], k) | about, "vlm"))["turns"]) == 2)
+    assert any(boxed["turns"][0]["feedback"].endswith(ask) for ask in r.ANSWER_WORDING.requests)
     assert json.loads(json.dumps(vlm)) == vlm and set(vlm) == {"id", "image", "source", "question", "turns"}
     assert set(vlm["turns"][0]) == {"response", "temperature", "reward", "feedback"}
 

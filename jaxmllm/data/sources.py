@@ -13,6 +13,7 @@
 | `pixmo:FILE`                 | PixMo-Count (frame images)                                                         |
 | `pages:FILE`                 | pages with lines (images)                                                          |
 | `records:FILE`               | rows that already are records of this library (task images)                        |
+| `reflection:FILE`            | dialogues of answers and feedback, which `jaxmllm reflect --out` writes (images)   |
 | `tfds:FOLDER`                | records of the world that its TFDS builder wrote to ArrayRecord (split)            |
 
 FILE is .jsonl, .json (a list) or .parquet (also a folder of shards), unless it says otherwise. Options are written
@@ -34,7 +35,7 @@ from typing import Any, Protocol, runtime_checkable
 import grain
 import numpy as np
 
-from jaxmllm.data import records
+from jaxmllm.data import dialogues, records
 from jaxmllm.data.coco import CocoSource, referring_rows
 from jaxmllm.data.formats import Record, Rows, RowSource, Source, choose, existing, image_root, media
 from jaxmllm.data.tfds import is_prepared, open_prepared
@@ -272,6 +273,10 @@ def open_records(path: str, images: str | None = None, task: str | None = None) 
     return _file(path, records.own, "images", images, task=task)
 
 
+def open_reflection(path: str, images: str | None = None) -> Source:
+    return _file(path, dialogues.reflection, "image", images)
+
+
 def open_coco(
     path: str,
     task: tuple[str, ...] = ("detection",),
@@ -374,6 +379,7 @@ KINDS: dict[str, Callable[..., RecordSource]] = {
     "pixmo": open_pixmo,
     "pages": open_pages,
     "records": open_records,
+    "reflection": open_reflection,
     "tfds": open_tfds,
 }
 

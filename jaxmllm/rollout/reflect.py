@@ -15,7 +15,7 @@ Conversations are chat messages, `[{"role": "user", "content": [{"type": "image"
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,29 +23,45 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from jaxmllm.data.dialogues import Conversation, Turn, conversation, pictures, say
 from jaxmllm.losses.unlikelihood import normalize_rewards
 from jaxmllm.tasks import captioning
 
-Conversation = list[dict[str, Any]]
-Turn = dict[str, Any]
 Generate = Callable[[list[Conversation]], Sequence[str]]
 Rater = Callable[[Sequence[tuple[Mapping[str, Any], str]]], Sequence[tuple[float, str] | None]]
 
-SCORE_CLAUSES = (
-    "I rate this caption {s} out of 10.",
-    "This description earns {s}/10.",
-    "Score: {s}/10.",
+
+@dataclass(frozen=True)
+class Wording:
+    """Templates of the turns that answer an answer."""
+
+    scores: tuple[str, ...]  # {s}: the score, 0..10
+    requests: tuple[str, ...]
+    bare_requests: tuple[str, ...]  # where there is neither score nor reason
+
+
+CAPTION_WORDING = Wording(  # sheet reper.md 3.4
+    ("I rate this caption {s} out of 10.", "This description earns {s}/10.", "Score: {s}/10."),
+    (
+        "Please write a better caption.",
+        "Describe the image again and fix these problems.",
+        "Can you give a more accurate and complete caption?",
+    ),
+    (
+        "Can you do better?",
+        "Please improve your description.",
+        "Try again and describe the image more accurately.",
+        "Is there anything to correct or add? Write an improved caption.",
+    ),
 )
-REQUESTS = (
-    "Please write a better caption.",
-    "Describe the image again and fix these problems.",
-    "Can you give a more accurate and complete caption?",
-)
-BARE_REQUESTS = (  # where there is neither score nor reason
-    "Can you do better?",
-    "Please improve your description.",
-    "Try again and describe the image more accurately.",
-    "Is there anything to correct or add? Write an improved caption.",
+ANSWER_WORDING = Wording(  # the same for any other question
+    ("I rate this answer {s} out of 10.", "This answer earns {s}/10.", "Score: {s}/10."),
+    (
+        "Please give a better answer.",
+        "Look at the image again and fix these problems.",
+        "Can you give a more accurate answer?",
+    ),
+    ("Can you do better?", "Please improve your answer.", "Try again and look closely.", "Is that correct? Answer again."),
 )
 EXPERT_SYSTEM = "You are an expert in visual perception. Answer from what the image shows, and from nothing else."
 TEMPERATURES = tuple(round(0.2 * k, 1) for k in range(8))  # 0.0 .. 1.4, one candidate each
@@ -68,39 +84,22 @@ Critic = Callable[[Records, Sequence[str], Sequence[Sequence[Turn]]], Sequence[C
 # --- conversations --------------------------------------------------------------------------------------------------
 
 
-def feedback(critique: Critique, key: str) -> str:
-    """The user turn after an answer: score clause, rationale and request; wording chosen by a hash of `key`.
+def wording_of(record: Mapping[str, Any]) -> Wording:
+    """How feedback speaks of an answer to this record: as of a caption, unless the record has another task."""
+    return CAPTION_WORDING if record.get("task", "captioning") == "captioning" else ANSWER_WORDING
+
+
+def feedback(critique: Critique, key: str, wording: Wording = CAPTION_WORDING) -> str:
+    """The user turn after an answer: score clause, rationale and request; which of each, a hash of `key` chooses.
 
     Without a readable score the clause is left out; a rule's critique becomes a bare request.
     """
     if not critique.spoken:
-        return captioning.pick(BARE_REQUESTS, key)
+        return captioning.pick(wording.bare_requests, key)
     clause = ""
     if critique.score is not None:
-        clause = captioning.pick(SCORE_CLAUSES, f"{key}/score").format(s=f"{critique.score:.3g}")
-    return " ".join(part for part in (clause, critique.rationale, captioning.pick(REQUESTS, key)) if part)
-
-
-def _say(role: str, text: str, images: Iterable[Any] = ()) -> dict[str, Any]:
-    pictures = [{"type": "image", "image": image} for image in images]
-    return {"role": role, "content": [*pictures, {"type": "text", "text": text}]}
-
-
-def _images(record: Mapping[str, Any]) -> list[Any]:
-    return list(record["images"]) if "images" in record else [record["image"]]
-
-
-def conversation(
-    record: Mapping[str, Any], question: str, turns: Sequence[Turn] = (), system: str | None = None
-) -> Conversation:
-    """The question and the turns so far as chat messages; a turn without feedback ends on the answer."""
-    messages = [_say("system", system)] if system else []
-    messages.append(_say("user", question, _images(record)))
-    for turn in turns:
-        messages.append(_say("assistant", turn["response"]))
-        if turn.get("feedback"):
-            messages.append(_say("user", turn["feedback"]))
-    return messages
+        clause = captioning.pick(wording.scores, f"{key}/score").format(s=f"{critique.score:.3g}")
+    return " ".join(part for part in (clause, critique.rationale, captioning.pick(wording.requests, key)) if part)
 
 
 def critic_conversation(
@@ -120,7 +119,7 @@ def critic_conversation(
         f"Criteria:\n{captioning.rubric_text()}",
         "Say in prose what is right, wrong and missing. Then write one line `Score: N`, with N from 0 to 100.",
     ]
-    return [_say("user", "\n\n".join(parts), _images(record))]
+    return [say("user", "\n\n".join(parts), pictures(record))]
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
@@ -207,7 +206,7 @@ def reflect(
         for record, dialogue, said in zip(records, dialogues, critic(records, questions, dialogues), strict=True):
             dialogue[-1] |= {"score": said.score, "rationale": said.rationale}
             if not last:
-                dialogue[-1]["feedback"] = feedback(said, f"{record.get('id')}/{t}")
+                dialogue[-1]["feedback"] = feedback(said, f"{record.get('id')}/{t}", wording_of(record))
     return [
         {"id": r.get("id"), "question": q, "turns": d, "final": d[-1]["response"], "best_turn": _best_turn(d)}
         for r, q, d in zip(records, questions, dialogues, strict=True)
@@ -260,7 +259,7 @@ def sample_candidates(
         one of the lowest temperature is kept.
     """
     items = [
-        {"id": r.get("id"), "image": _images(r)[0], "question": question(r), "record": r, "candidates": []}
+        {"id": r.get("id"), "image": pictures(r)[0], "question": question(r), "record": r, "candidates": []}
         for r in records
     ]
     asked = [conversation(item["record"], item["question"], system=system) for item in items]
@@ -275,7 +274,7 @@ def judge(generate: Generate) -> Rater:
     """A rater that is a model answering `captioning.judge_prompt`: reward 0..10 and its reason."""
 
     def rate(pairs: Sequence[tuple[Mapping[str, Any], str]]) -> list[tuple[float, str] | None]:
-        asked = [[_say("user", captioning.judge_prompt(text), _images(record))] for record, text in pairs]
+        asked = [[say("user", captioning.judge_prompt(text), pictures(record))] for record, text in pairs]
         read = map(captioning.parse_judgement, _exactly(generate(asked), len(asked), "judge"))
         return [None if found is None else (found["total"], found["reason"]) for found in read]
 
@@ -336,12 +335,13 @@ def build_dialogue(
     ]
     between = [min(middle, key=lambda c: (abs(c["reward"] - half), c["temperature"]))] if middle and count == 3 else []
     chosen = [best] if count == 1 else [worst, *between, best]
+    wording = wording_of(item.get("record", {}))
     turns = [
         {
             "response": c["response"],
             "temperature": c["temperature"],
             "reward": c["reward"],
-            "feedback": feedback(Critique(c["reward"], c["reason"], source != "rule"), f"{key}/{k}"),
+            "feedback": feedback(Critique(c["reward"], c["reason"], source != "rule"), f"{key}/{k}", wording),
         }
         for k, c in enumerate(chosen)
     ]
