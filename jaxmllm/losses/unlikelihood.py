@@ -219,6 +219,16 @@ def exempt_tokens(targets: Int[Array, "*B S"], *token_ids: int) -> Bool[Array, "
     return ~jnp.isin(targets, jnp.asarray(token_ids, targets.dtype))
 
 
+def answer_turns(weights: Shaped[Array, "*B S"]) -> Int[Array, "*B S"]:
+    """`turn_id` of completions in which exactly the answers have weights: 1, 2, .. on the runs of weights above 0.
+
+    Between two answers there is always the user's turn, so each run is one answer with its end-of-turn token.
+    """
+    inside = weights > 0
+    before = jnp.pad(inside, [(0, 0)] * (inside.ndim - 1) + [(1, 0)])[..., :-1]
+    return jnp.where(inside, jnp.cumsum(inside & ~before, axis=-1), 0)
+
+
 def turn_probabilities(
     logps: Float[Array, "*B S"], turn_id: Int[Array, "*B S"], num_turns: int
 ) -> Float[Array, "T"]:

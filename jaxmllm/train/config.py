@@ -87,6 +87,16 @@ class RolloutConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class UnlikelihoodConfig:
+    """Reflective unlikelihood of dialogues (RePer): see jaxmllm.losses.unlikelihood."""
+
+    alpha: float = 10.0  # weight of log(1 - p); 0 leaves reward-weighted likelihood
+    reduction: Literal["dialogue", "token", "turn_mean", "sum"] = "dialogue"
+    level: Literal["token", "seq", "seq_geo"] = "token"  # a term a token, or one an answer
+    penalise_end: bool = False  # push down the end-of-turn token of bad answers too, as published: they then run on
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """How the model is asked in evaluations: greedily, in the style that it is trained in."""
 
@@ -111,7 +121,7 @@ class TrainConfig:
     """Everything that decides a run's numbers."""
 
     name: str
-    method: Literal["grpo", "sft", "vision_warmup"] = "grpo"
+    method: Literal["grpo", "sft", "unlikelihood", "vision_warmup"] = "grpo"
     model: str = "tiny"  # a checkpoint folder, a hub id, or "tiny", the embedded model
     from_scratch: bool = False  # random weights in the model's architecture
     output_dir: str = "runs"  # the run folder is output_dir/name
@@ -130,6 +140,7 @@ class TrainConfig:
     rollout: RolloutConfig = RolloutConfig()
     grpo: GRPOOptions = GRPOOptions()
     evaluation: EvaluationConfig = EvaluationConfig()
+    unlikelihood: UnlikelihoodConfig = UnlikelihoodConfig()
     loss_norm: Literal["sample", "token"] = "token"  # SFT: see jaxmllm.losses.supervised
     mesh: MeshConfig = MeshConfig()
     sample_mesh: MeshConfig | None = None  # layout of the same devices while sampling; None: as in training
@@ -176,6 +187,13 @@ class TrainConfig:
             problems.append(f"data.style = {self.data.style!r}: use one of {', '.join(answers.STYLES)}")
         if self.method == "grpo":
             problems += self._rollout_problems()
+        if self.method == "unlikelihood":
+            if any(not spec.startswith("reflection:") for spec in self.data.train):
+                problems.append(f"data.train = {self.data.train}: method unlikelihood learns from reflection: sources")
+            if self.data.questions_per_image != 1 or self.data.first_corner_weight != 1:
+                problems.append("data.questions_per_image, data.first_corner_weight: must be 1 with method unlikelihood")
+            if self.unlikelihood.alpha < 0:
+                problems.append(f"unlikelihood.alpha = {self.unlikelihood.alpha}: must not be negative")
         for part in (self.lora, self.rollout.sampling(()) if self.method == "grpo" else None):
             try:
                 if part is not None:

@@ -181,7 +181,7 @@ def build(config: TrainConfig) -> Run:
             _mixture(config), model.processor, config.batch_size, model.buckets, config.seed, asking=asking, **common
         )
         step = GRPO(config)
-    elif config.method == "sft":
+    elif config.method in ("sft", "unlikelihood"):
         batches = sft_batches(
             _mixture(config),
             model.processor,

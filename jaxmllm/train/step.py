@@ -21,7 +21,14 @@ from jaxmllm.losses.grpo_options import GRPOOptions
 from jaxmllm.losses.logprobs import Sampling, seen_tokens, token_logprobs
 from jaxmllm.losses.policy import grpo_loss, pool_metrics
 from jaxmllm.losses.supervised import cross_entropy_sums
+from jaxmllm.losses.unlikelihood import (
+    answer_turns,
+    exempt_tokens,
+    reflective_unlikelihood_sums,
+    turn_probabilities,
+)
 from jaxmllm.model import qwen_vl
+from jaxmllm.train.config import UnlikelihoodConfig
 from jaxmllm.train.optim import join, kept_layout, split
 from jaxmllm.types import Completions, Prompts, TrainState
 
@@ -185,29 +192,82 @@ def grpo_step(
     return state, pooled | once | {"loss": loss}
 
 
+def _supervised(
+    state: TrainState,
+    batch: tuple[Any, ...],
+    update: Update,
+    total: Float[Array, ""],
+    numerator: Callable[[Float[Array, "B G T"], Any], tuple[Float[Array, ""], Metrics]],
+) -> tuple[TrainState, Metrics]:
+    """One update on given completions; `batch` begins with prompts and completions.
+
+    `numerator(logps, microbatch)`: its part of what is divided by `total`, and metrics to add up.
+    """
+
+    def loss_fn(params, micro):
+        logps, entropies = score(params, update.cfg, micro[0], micro[1], Sampling())
+        counted = micro[1].weights > 0
+        loss, metrics = numerator(logps, micro)
+        return loss / total, metrics | {
+            "entropy": jnp.where(counted, entropies, 0).sum(),
+            "num_tokens": counted.sum().astype(jnp.float32),
+        }
+
+    state, loss, metrics = apply_gradients(state, update, loss_fn, batch)
+    once = {name: metrics.pop(name)[0] for name in ("grad_norm", "nonfinite")}
+    summed = jax.tree.map(lambda x: x.sum(0), metrics)
+    entropy = summed.pop("entropy") / jnp.maximum(summed["num_tokens"], 1)
+    return state, summed | once | {"loss": loss, "entropy": entropy}
+
+
 @functools.partial(jax.jit, static_argnames=("update", "loss_norm"), donate_argnames="state")
 def sft_step(
     state: TrainState, prompts: Prompts, completions: Completions, *, update: Update, loss_norm: str = "token"
 ) -> tuple[TrainState, Metrics]:
     """One supervised update: weighted cross-entropy of the completions (several questions an image share its prefix)."""
     _, total = cross_entropy_sums(jnp.zeros_like(completions.weights), completions.weights, loss_norm)
-    total = jnp.maximum(total, 1)
 
-    def loss_fn(params, micro):
-        logps, entropies = score(params, update.cfg, *micro, Sampling())
-        numerator, _ = cross_entropy_sums(logps, micro[1].weights, loss_norm)
-        counted = micro[1].weights > 0
-        return numerator / total, {
-            "entropy": jnp.where(counted, entropies, 0).sum(),
-            "num_tokens": counted.sum().astype(jnp.float32),
-        }
+    def numerator(logps, micro):
+        return cross_entropy_sums(logps, micro[1].weights, loss_norm)[0], {}
 
-    state, loss, metrics = apply_gradients(state, update, loss_fn, (prompts, completions))
-    tokens = metrics["num_tokens"].sum()
-    return state, {
-        "loss": loss,
-        "entropy": metrics["entropy"].sum() / jnp.maximum(tokens, 1),
-        "num_tokens": tokens,
-        "grad_norm": metrics["grad_norm"][0],
-        "nonfinite": metrics["nonfinite"][0],
-    }
+    return _supervised(state, (prompts, completions), update, jnp.maximum(total, 1), numerator)
+
+
+@functools.partial(jax.jit, static_argnames=("update", "options", "spared"), donate_argnames="state")
+def unlikelihood_step(
+    state: TrainState,
+    prompts: Prompts,
+    completions: Completions,
+    sigma: Float[Array, "B G R"],
+    *,
+    update: Update,
+    options: UnlikelihoodConfig,
+    spared: tuple[int, ...] = (),
+) -> tuple[TrainState, Metrics]:
+    """One reflective-unlikelihood update on dialogues of up to R answers (sheet reper.md 4.2).
+
+    Args:
+        sigma: normalised reward of each answer, 0..1; anything where a dialogue has fewer.
+        spared: tokens that are never pushed down (the end of turn, gap G4).
+
+    Metrics besides those of SFT: `probability/answer_1` .., the mean probability of the tokens of each answer.
+    """
+
+    def sums(logps, completions, sigma):
+        turns = answer_turns(completions.weights)
+        mask = exempt_tokens(completions.tokens, *spared) if spared else None
+        chosen = {"alpha": options.alpha, "reduction": options.reduction, "level": options.level}
+        return reflective_unlikelihood_sums(logps, turns, sigma, ul_mask=mask, **chosen)
+
+    _, total = sums(jnp.zeros_like(completions.weights), completions, sigma)
+    answers = sigma.shape[-1]
+
+    def numerator(logps, micro):
+        turns = answer_turns(micro[1].weights)
+        tokens = jnp.stack([jnp.sum(turns == k) for k in range(1, answers + 1)]).astype(jnp.float32)
+        mean = turn_probabilities(jax.lax.stop_gradient(logps), turns, answers)
+        return sums(logps, *micro[1:])[0], {"probability": mean * tokens, "tokens": tokens}
+
+    state, metrics = _supervised(state, (prompts, completions, sigma), update, jnp.maximum(total, 1), numerator)
+    means = metrics.pop("probability") / jnp.maximum(metrics.pop("tokens"), 1)
+    return state, metrics | {f"probability/answer_{k + 1}": means[k] for k in range(answers)}

@@ -1,15 +1,20 @@
-"""One supervised step: cross-entropy of the gold answers, several questions of an image sharing its prefix."""
+"""Steps on given answers: cross-entropy, several questions of an image sharing its prefix; reflective unlikelihood."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import Float
+
+from jaxmllm.data.dialogues import MAX_TURNS
 from jaxmllm.data.examples import Weigh
 from jaxmllm.data.pipeline import Batch
 from jaxmllm.mesh import shard_batch
+from jaxmllm.rollout.reflect import dialogue_sigma
 from jaxmllm.train.config import TrainConfig
-from jaxmllm.train.step import sft_step
+from jaxmllm.train.step import sft_step, unlikelihood_step
 
 if TYPE_CHECKING:
     from jaxmllm.train.setup import Run
@@ -37,6 +42,14 @@ def first_corner(tokenizer: Any, weight: float) -> Weigh | None:
     return weigh
 
 
+def answer_sigmas(rows: Sequence[Sequence[Mapping[str, Any]]]) -> Float[np.ndarray, "B 1 R"]:
+    """Normalised rewards of the answers of each row's dialogue; 1 where it has fewer than R = MAX_TURNS."""
+    sigmas = np.ones((len(rows), 1, MAX_TURNS), np.float32)
+    for row, (dialogue,) in enumerate(rows):
+        sigmas[row, 0, : len(dialogue["turns"])] = dialogue_sigma(dialogue)
+    return sigmas
+
+
 class Supervised:
     """Callable `(run, batch) -> metrics` that replaces `run.state`."""
 
@@ -44,10 +57,15 @@ class Supervised:
         self.config = config
 
     def __call__(self, run: Run, batch: Batch) -> dict[str, Any]:
-        prompts, completions = shard_batch((batch.prompts, batch.completions), run.mesh)
-        run.state, metrics = sft_step(
-            run.state, prompts, completions, update=run.update, loss_norm=self.config.loss_norm
-        )
+        config = self.config
+        if config.method == "unlikelihood":
+            given = shard_batch((batch.prompts, batch.completions, answer_sigmas(batch.records)), run.mesh)
+            spared = () if config.unlikelihood.penalise_end else run.model.stop_ids
+            options = {"options": config.unlikelihood, "spared": spared}
+            run.state, metrics = unlikelihood_step(run.state, *given, update=run.update, **options)
+        else:
+            given = shard_batch((batch.prompts, batch.completions), run.mesh)
+            run.state, metrics = sft_step(run.state, *given, update=run.update, loss_norm=config.loss_norm)
         return metrics
 
     def get_state(self) -> dict[str, float]:
