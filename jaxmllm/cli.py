@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxmllm.commands import reflect
+from jaxmllm.commands import reflect, tpl
 from jaxmllm.errors import InputError
 
 Many = tyro.conf.UseAppendAction
@@ -354,6 +354,7 @@ COMMANDS = {
     "sample": sample,
     "score": score,
     "reflect": reflect,
+    "tpl": tpl,
     "convert": convert,
     "eval": evaluate,
     "report": report,

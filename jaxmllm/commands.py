@@ -1,9 +1,11 @@
-"""`jaxmllm reflect`: commands that are more than a call of one function, apart from `cli`."""
+"""`jaxmllm reflect` (RePer) and `jaxmllm tpl` (UTR): the commands that belong to one system."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from jaxmllm.errors import InputError
 
@@ -106,8 +108,11 @@ def reflect(
     judge = speak if critic in (None, model, REWARD) else speaker(load(str(critic)))
     if out is None:
         judged = loop.reward_critic(reward) if critic == REWARD else loop.model_critic(judge, history=history)
-        for row in loop.reflect(speak, judged, records, turns, question):
+        rows = loop.reflect(speak, judged, records, turns, question)
+        for row in rows:
             print("\n".join(_shown(row)), flush=True)
+        means = ", ".join(_mean(row["turns"][k]["score"] for row in rows) for k in range(turns))
+        print(f"mean score of answers 1 to {turns}: {means} of 10", file=sys.stderr)
         return
     items = loop.sample_candidates(speak, records, question=question, system=None)
     rater, source = (loop.rule(reward), "rule") if critic == REWARD else (loop.judge(judge), "vlm")
@@ -116,6 +121,68 @@ def reflect(
     lengths = ", ".join(f"{stats[f'turns_{n}']:.0f} of {n}" for n in (1, 2, 3))
     print(f"{stats['kept']:.0f} dialogues of {len(records)} images; answers: {lengths}", file=sys.stderr)
     print(f"read them as reflection:{out / 'dialogues.jsonl'}", file=sys.stderr)
+
+
+def tpl(
+    data: str,
+    model: str = "tiny",
+    limit: int = 256,
+    frames: int = 1,
+    single_mode: Literal["single", "repeat"] = "single",
+    out: Path | None = None,
+    style: str = "qwen2_5_vl",
+    min_tokens: int = 8,
+    seed: int = 0,
+    batch_size: int = 8,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> None:
+    """Temporal perplexity of clips: how much of the gold answers needs more than one frame; a filter of training data.
+
+    Args:
+        data: a source of clips such as world:tracks, or chats with one video each.
+        model: the scorer: the model to measure, or to filter data the one that training starts from.
+        limit: first records of the source.
+        frames: single frames tried for each record, drawn at random; 0: all.
+        single_mode: a single frame alone, or repeated to the clip's length (the control).
+        out: JSON lines with every record's scores and `keep`, which says whether it is in the better half of its task.
+            Train on that half with the same source and &keep=FILE.
+        style: how tasks write boxes.
+        min_tokens: shorter answers are not kept.
+    """
+    for name, value, least in (("limit", limit, 1), ("frames", frames, 0), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise InputError(f"--{name} {value}: must be at least {least}")
+    if out is not None and out.exists():
+        raise InputError(f"{out}: exists already; name a new file")
+
+    from jaxmllm import api
+    from jaxmllm.data.examples import Asking, Sized
+    from jaxmllm.data.sources import open_source
+    from jaxmllm.eval import temporal
+    from jaxmllm.eval.intervals import percentiles, ratio, value_and_samples
+    from jaxmllm.runfiles import JsonLines
+
+    opened = open_source(data)
+    loaded = api.load(model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
+    source = Sized(opened, loaded.processor.pixel_config)
+    records = [source[k] for k in range(min(limit, len(source)))]
+    options = {"frames": frames or None, "single_mode": single_mode, "batch_size": batch_size, "seed": seed}
+    scores = temporal.temporal_scores(loaded, records, Asking({"style": style}), **options)
+    kept = temporal.keep(scores, min_tokens)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with JsonLines(out) as file:
+            file.append({"index": k, **row, "keep": kept[k]} for k, row in enumerate(scores))
+    names = [name for name in scores[0] if name.startswith("tpl_")] + ["ppl_full"]
+    table = np.array([[row[name] for name in names] for row in scores])
+    figures = percentiles(*value_and_samples(ratio(table, np.ones_like(table)), len(table)))
+    for name, figure in zip(names, figures, strict=True):
+        print(f"{name:14} {figure}")
+    print(f"{len(scores)} records, {sum(kept)} of them kept", file=sys.stderr)
+    if out is not None:
+        print(f"to train on those: {data}{'&' if '?' in data else '?'}keep={out}", file=sys.stderr)
 
 
 def relative_reward(asking: Any, style: str) -> Callable[[str, Mapping[str, Any]], float | None]:
@@ -131,6 +198,15 @@ def relative_reward(asking: Any, style: str) -> Callable[[str, Mapping[str, Any]
         return None if value is None or not best else min(max(value / best, 0.0), 1.0)
 
     return reward
+
+
+def _mean(scores: Iterable[float | None]) -> str:
+    """The mean of those that could be read, and how many they are where some could not."""
+    every = list(scores)
+    read = [score for score in every if score is not None]
+    if not read:
+        return "none"
+    return f"{sum(read) / len(read):.2f}" + ("" if len(read) == len(every) else f" (of {len(read)})")
 
 
 def _shown(row: Mapping[str, Any]) -> Iterator[str]:

@@ -21,14 +21,17 @@ def test_the_loop_with_the_embedded_model(capsys):
     tokens, records = 24, [open_source(SCENES)[k] for k in range(2)]
     options = ["--data", SCENES, "--limit", "2", "--turns", "2", "--critic", "reward", "--max-new-tokens", str(tokens)]
     assert cli.main(["reflect", *options]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     chats = [conversation(record, grounding.prompt(record)) for record in records]
     answers = api.generate(api.load("tiny"), chats, max_new_tokens=tokens, temperature=0)
+    scores = []
     for record, block, (answer,) in zip(records, out.split("=== ")[1:], answers, strict=True):
         parts = [grounding.reward(text, record)["reward"] for text in (answer.text, grounding.answer(record))]
+        scores.append(10 * parts[0] / parts[1])
         assert block.startswith(f"{record['id']}: {grounding.prompt(record)}\n--- answer 1 (score ")
         assert f"(score {10 * parts[0] / parts[1]:.3g} of 10)" in block and f"\n{answer.text}\n" in block
         assert block.count("--- answer") == 2 and block.count("--- feedback") == 1
+    assert f"mean score of answers 1 to 2: {np.mean(scores):.2f}, " in err
 
 
 @pytest.fixture

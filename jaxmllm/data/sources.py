@@ -18,7 +18,8 @@
 
 FILE is .jsonl, .json (a list) or .parquet (also a folder of shards), unless it says otherwise. Options are written
 `coco:train.json?task=counting&categories=RBC,WBC`. Every spec also takes `sample` (first:N, end:N, random:N, N with or
-without %) with `seed`, `group` (records of one image together, see `Grouped`) and, among several specs, `weight`.
+without %) with `seed`, `keep` (a file of `jaxmllm tpl --out`: the records that it keeps), `group` (records of one image
+together, see `Grouped`) and, among several specs, `weight`.
 """
 
 import dataclasses
@@ -224,6 +225,22 @@ def sample(source: RecordSource, strategy: str, seed: int = 0) -> RecordSource:
     return Subset(source, indices)
 
 
+def kept(source: RecordSource, path: str) -> RecordSource:
+    """The records that a file of scores keeps: JSON lines {"index", "id", "keep"}, made of the same source.
+
+    Raises InputError where the file names records that the source does not hold: of the first kept one the id is compared.
+    """
+    file = Rows(existing(path))
+    rows = [file[k] for k in range(len(file))]
+    try:
+        found = {int(row["index"]): row["id"] for row in rows if row["keep"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: expected lines with index, id and keep ({error})") from None
+    if found and (max(found) >= len(source) or source[first := min(found)].get("id") != found[first]):
+        raise InputError(f"{path}: it was made of another source; score this one with jaxmllm tpl --out")
+    return Subset(source, list(found))
+
+
 # ---------------------------------------------------------------- kinds
 
 
@@ -359,11 +376,20 @@ def open_world(
             raise InputError(f"world: weight {weight!r} of {name!r} is no number") from None
     first = choose(next(iter(weights)), DEFAULT_SPECS, "world: task")
     base = DEFAULT_SPECS[first]
-    hints = typing.get_type_hints(type(base))
+    scene = getattr(base, "scene", None)  # of a clip's first frame
+    parts = [part for part in (base, scene) if part is not None]
     for key in spec:
-        choose(key, [field.name for field in dataclasses.fields(base)], "world: option")
-    base = dataclasses.replace(base, **{k: _convert(f"world: {k}", v, hints[k]) for k, v in spec.items()})
+        choose(key, [field.name for part in parts for field in dataclasses.fields(part)], "world: option")
+    if scene is not None:
+        base = dataclasses.replace(base, scene=_with_options(scene, spec))
+    base = _with_options(base, spec)
     return WorldSource(weights, split=split, seed=seed, length=length, spec=base, questions=questions)
+
+
+def _with_options(base: Any, options: Mapping[str, Any]) -> Any:
+    """A spec of the world with those options that are its fields."""
+    hints = typing.get_type_hints(type(base))
+    return dataclasses.replace(base, **{k: _convert(f"world: {k}", v, hints[k]) for k, v in options.items() if k in hints})
 
 
 def open_tfds(path: str, split: str | None = None) -> Source:
@@ -411,7 +437,7 @@ def _open(spec: str, options: Mapping[str, Any]) -> tuple[RecordSource, float | 
     # read as it stands, not as an address: folders may be named refcoco+
     given: dict[str, Any] = {key: value for key, _, value in (item.partition("=") for item in query.split("&")) if key}
     given |= {key: value for key, value in options.items() if value is not None}
-    common = {key: given.pop(key) for key in ("sample", "group", "weight") if key in given}
+    common = {key: given.pop(key) for key in ("sample", "keep", "group", "weight") if key in given}
     seed = given.get("seed", 0)
     hints = typing.get_type_hints(KINDS[kind])
     parameters = inspect.signature(KINDS[kind]).parameters
@@ -421,11 +447,13 @@ def _open(spec: str, options: Mapping[str, Any]) -> tuple[RecordSource, float | 
     known = [name for name in parameters if name not in ("path", "spec")]
     for key in given:
         if key not in known and not free:
-            raise InputError(f"{kind}: option {key!r} is unknown; it takes {', '.join(known)}, sample, group, weight")
+            raise InputError(f"{kind}: option {key!r} is unknown; it takes {', '.join(known)}, sample, keep, group, weight")
     values = {k: _convert(f"{kind}: {k}", v, hints[k]) if k in known else v for k, v in given.items()}
     source = KINDS[kind](path, **values)
     if "sample" in common:
         source = sample(source, str(common["sample"]), _convert(f"{kind}: seed", seed, int))
+    if "keep" in common:
+        source = kept(source, str(common["keep"]))
     if not len(source):
         raise InputError(f"{spec}: no records are left")
     if "group" in common and _convert(f"{kind}: group", common["group"], bool):
