@@ -12,7 +12,7 @@ from jaxmllm.data.dialogues import conversation
 from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
 from jaxmllm.runfiles import read_lines
-from jaxmllm.train.config import DataConfig, OptimConfig, UnlikelihoodConfig
+from jaxmllm.train.config import DataConfig, DPOConfig, OptimConfig, UnlikelihoodConfig
 from jaxmllm.train.loop import train
 from tests import training
 
@@ -93,10 +93,55 @@ def test_microbatches_and_the_published_variant(tmp_path, rows):
     assert row["loss"] == pytest.approx(expected(path, found, alpha=10.0, spared=False), rel=1e-4)
 
 
+def test_preference(tmp_path, rows):
+    """Before the first update policy and reference agree: log 2. Then the margin of chosen and rejected grows."""
+    path, found = rows
+    base = config(tmp_path, path, method="dpo", max_steps=3, data=DataConfig(train=(f"preference:{path}",)))
+    lines = read_lines(train(base) / "metrics.jsonl")
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-5) and lines[0]["rewards/margins"] == 0
+    # the second update's margin is that of the scorer, on the weights after the first
+    once = dataclasses.replace(base, max_steps=1, name="once", export=True)
+    before, after = (api.load(folder, dtype="float32") for folder in ("tiny", train(once) / "export"))
+    margins = []
+    for row in found:
+        chat = [conversation({"image": str(path.parent / row["image"])}, row["question"])]
+        said = [[row["turns"][k]["response"] + END for k in (-1, 0)]]
+        (new,), (old,) = (api.score(model, chat, said) for model in (after, before))
+        chosen, rejected = (0.1 * (a - b).sum() for a, b in zip(new, old, strict=True))
+        margins.append(chosen - rejected)
+    assert lines[1]["rewards/margins"] == pytest.approx(np.mean(margins), rel=1e-2)
+    assert lines[1]["loss"] == pytest.approx(np.mean(np.log1p(np.exp(-np.array(margins)))), rel=1e-3)
+    assert lines[2]["rewards/margins"] > lines[1]["rewards/margins"] > 0 and lines[2]["rewards/accuracies"] == 1
+
+
+def test_answers_that_are_not_preferred(tmp_path, rows):
+    path, found = rows
+    (tmp_path / "0.png").write_bytes((path.parent / "0.png").read_bytes())
+    single = {**found[0], "image": "0.png", "turns": found[0]["turns"][-1:]}
+    pair = {**found[0], "image": "0.png"}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (single, pair, single, pair)))
+    source = open_source(f"preference:{file}")
+    assert len(source) == 2 and source.where(1).endswith("record 3")
+    assert [(r["messages"][-1]["content"][0]["text"], r["reward"]) for r in source.records(0)] == [
+        ("It is at [10, 1].", 10.0), ("It is at [0, 0].", 2.0),
+    ]  # fmt: skip
+    said = {"chosen": "It is at [10, 1].", "rejected": [{"role": "assistant", "content": "It is at [0, 0]."}]}
+    trl = {"prompt": "Where is it?", "images": ["0.png"], **said}
+    file.write_text(json.dumps(trl) + "\n" + json.dumps(trl | {"rejected": ""}) + "\n")
+    one, other = (open_source(f"preference:{file}").records(0), source.records(0))
+    assert [record["messages"] for record in one] == [record["messages"] for record in other]
+    assert [record["reward"] for record in one] == [1.0, 0.0]
+    with pytest.raises(InputError, match="record 1: rejected: expected a text"):
+        open_source(f"preference:{file}")[1]
+
+
 def test_other_data_is_refused(tmp_path, rows):
     base = config(tmp_path, rows[0])
     with pytest.raises(InputError, match="method unlikelihood learns from reflection: sources"):
         train(dataclasses.replace(base, data=DataConfig(train=("world:grounding",))))
+    with pytest.raises(InputError, match="method dpo learns from preference: sources(.|\n)*beta must be above 0"):
+        train(dataclasses.replace(base, method="dpo", dpo=DPOConfig(beta=0)))
     with pytest.raises(InputError, match=r"questions_per_image(.|\n)*alpha = -1"):
         data = dataclasses.replace(base.data, questions_per_image=2)
         train(dataclasses.replace(base, data=data, unlikelihood=UnlikelihoodConfig(alpha=-1)))

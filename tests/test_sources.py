@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from jaxmllm.data.formats import Rows, image_size
-from jaxmllm.data.sources import Mixture, Subset, all_records, open_source, order
+from jaxmllm.data.selection import Subset, all_records
+from jaxmllm.data.sources import Mixture, open_source, order
 from jaxmllm.errors import InputError
 from tests.test_images import SHARED as SHARED_FOLDER
 
@@ -249,7 +250,7 @@ BAD_SPECS = {
     "coco:{here}/train.json?sample=first:x": "sample: 'first:x' is unknown; use all, or first, end or random",
     "coco:{here}/train.json?sample=first:0": "no records are left",
     "coco:{here}/moved.json": r"its image 'gone\.png' is in none of .*; name the folder with images=FOLDER",
-    "chat:{here}/chat.jsonl?split=val": "chat: option 'split' is unknown; it takes images, sample, group, weight",
+    "chat:{here}/chat.jsonl?split=val": "chat: option 'split' is unknown; it takes images, sample, keep, group, weight",
     "pixmo:{here}/nojson.jsonl": r"nojson\.jsonl, record 0: line 1 is not JSON",
     "tfds:{here}": "expected one dataset prepared by TFDS, found none",
     "world:juggling": "world: task: 'juggling' is unknown; use one of grounding",

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxmllm.data.formats import Record, choose, media, numbers, shorten, text
+from jaxmllm.data import records
+from jaxmllm.data.formats import Record, Rows, RowSource, choose, media, numbers, shorten, text
 from jaxmllm.errors import InputError
 
 Conversation = list[dict[str, Any]]
@@ -24,7 +25,10 @@ REWARDED_BY = ("vlm", "rule")  # a judge's 0..10 with reasons, or a rule's 0..1
 
 def say(role: str, words: str, images: Iterable[Any] = ()) -> dict[str, Any]:
     """One message: images, then the text."""
-    return {"role": role, "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": words}]}
+    return {
+        "role": role,
+        "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": words}],
+    }
 
 
 def pictures(record: Mapping[str, Any]) -> list[Any]:
@@ -68,3 +72,55 @@ def reflection(row: Mapping[str, Any], root: Path) -> Record:
     image = media(row["image"], root)
     messages = conversation({"image": image}, question, found)
     return {"images": [image], "messages": messages, "turns": found, "source": source}
+
+
+def preference(row: Mapping[str, Any], root: Path) -> Record:
+    """Two answers to one question: TRL's `prompt`, `chosen`, `rejected` with `images`; or a row of `reflection`.
+
+    Of the latter the best and the worst answer, without what was said between them. The record is a chat that ends with
+    the chosen answer and keeps `answers`, texts with their rewards, the chosen one first.
+    """
+    if "turns" in row:
+        record = reflection(row, root)
+        ranked = sorted(record["turns"], key=lambda turn: -turn["reward"])
+        answers = [(turn["response"], turn["reward"]) for turn in (ranked[0], ranked[-1])]
+        asked = record["messages"][:1]
+    else:
+        record = records.chat({key: value for key, value in row.items() if key not in ("chosen", "rejected")}, root)
+        answers = [(_answer(row, "chosen"), 1.0), (_answer(row, "rejected"), 0.0)]
+        asked = record["messages"]
+    if answers[0][1] <= answers[1][1]:
+        raise InputError("turns: the answers have equal rewards, so none is preferred")
+    return {"images": record["images"], "messages": [*asked, say("assistant", answers[0][0])], "answers": answers}
+
+
+def _answer(row: Mapping[str, Any], field: str) -> str:
+    """A column that holds a text, or the one message of the assistant."""
+    value = row[field]
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
+        value = value[0].get("content")
+    return text({field: value}, field)
+
+
+class Preferences(RowSource):
+    """Rows of `preference`; `records` gives the chosen and the rejected answer as two chats with their `reward`."""
+
+    def __init__(self, rows: Rows, path: Path, root: Path):
+        super().__init__(rows, preference, path, root)
+        self.kept: Sequence[int] = range(len(rows))
+        if "turns" in rows[0]:  # a third of a reflection data set has one answer only
+            self.kept = [k for k in self.kept if len({turn.get("reward") for turn in rows[k].get("turns", ())}) > 1]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def where(self, index: int) -> str:
+        return super().where(self.kept[index])
+
+    def _record(self, index: int) -> Record:
+        return super()._record(self.kept[index])
+
+    def records(self, index: int) -> list[Record]:
+        record = self[index]
+        asked = record["messages"][:-1]
+        return [{**record, "messages": [*asked, say("assistant", said)], "reward": r} for said, r in record["answers"]]

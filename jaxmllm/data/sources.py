@@ -14,6 +14,8 @@
 | `pages:FILE`                 | pages with lines (images)                                                          |
 | `records:FILE`               | rows that already are records of this library (task images)                        |
 | `reflection:FILE`            | dialogues of answers and feedback, which `jaxmllm reflect --out` writes (images)   |
+| `preference:FILE`            | two answers of which one is preferred: TRL's prompt / chosen / rejected / image(s),|
+|                              | or the best and worst answer of each reflection dialogue (images)                  |
 | `tfds:FOLDER`                | records of the world that its TFDS builder wrote to ArrayRecord (split)            |
 
 FILE is .jsonl, .json (a list) or .parquet (also a folder of shards), unless it says otherwise. Options are written
@@ -31,7 +33,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import grain
 import numpy as np
@@ -39,6 +41,7 @@ import numpy as np
 from jaxmllm.data import dialogues, records
 from jaxmllm.data.coco import CocoSource, referring_rows
 from jaxmllm.data.formats import Record, Rows, RowSource, Source, choose, existing, image_root, media
+from jaxmllm.data.selection import RecordSource, all_records, image_key, kept, sample, where
 from jaxmllm.data.tfds import is_prepared, open_prepared
 from jaxmllm.errors import InputError
 from jaxmllm.world.source import DEFAULT_SPECS, WorldSource
@@ -46,43 +49,7 @@ from jaxmllm.world.source import DEFAULT_SPECS, WorldSource
 ENDLESS = 2**62  # length of an endless order
 
 
-@runtime_checkable
-class RecordSource(Protocol):
-    """What the pipeline reads. A source may also have `records(index)`: several records of one image."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record: ...
-
-
 # ---------------------------------------------------------------- parts of sources
-
-
-class Subset(Source):
-    """The records of `source` at `indices`, in that order."""
-
-    def __init__(self, source: RecordSource, indices: Sequence[int] | np.ndarray):
-        self.source, self.indices = source, np.asarray(indices, np.int64)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.source[self._at(index)]
-
-    def records(self, index: int) -> list[Record]:
-        return all_records(self.source, self._at(index))
-
-    def image_key(self, index: int):
-        return image_key(self.source, self._at(index))
-
-    def where(self, index: int) -> str:
-        return where(self.source, self._at(index))
-
-    def _at(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise IndexError(f"no record {index}, there are {len(self)}")
-        return int(self.indices[index])
 
 
 class Grouped(Source):
@@ -152,21 +119,6 @@ class Mixture(Source):
         return where(*self._at(index))
 
 
-def all_records(source: RecordSource, index: int) -> list[Record]:
-    """The records that share image `index`; one where the source knows no groups."""
-    return source.records(index) if hasattr(source, "records") else [source[index]]
-
-
-def image_key(source: RecordSource, index: int) -> Any:
-    """Equal for records of the same image; a source that does not know has one image a record."""
-    return source.image_key(index) if hasattr(source, "image_key") else index
-
-
-def where(source: RecordSource, index: int) -> str:
-    """How messages name a record."""
-    return source.where(index) if hasattr(source, "where") else f"record {index}"
-
-
 def order(source: RecordSource, seed: int | None) -> grain.MapDataset:
     """Endless indices of `source`, epoch after epoch: shuffled anew in each (`seed`), or in their order (None).
 
@@ -201,44 +153,6 @@ def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
 
 def _seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed % 2**64, number]).generate_state(1)[0])
-
-
-def sample(source: RecordSource, strategy: str, seed: int = 0) -> RecordSource:
-    """Perception-R1's sampling strategies: all, first:N, end:N, random:N; N a number, or a percentage rounded up."""
-    kind, _, amount = strategy.partition(":")
-    if kind == "all" and not amount:
-        return source
-    choose(kind, ("first", "end", "random"), "sample")
-    number, percent = amount.removesuffix("%"), amount.endswith("%")
-    try:
-        wanted = float(number) if percent else int(number)
-    except ValueError:
-        wanted = -1
-    if not 0 <= wanted < math.inf:
-        raise InputError(f"sample: {strategy!r} is unknown; use all, or first, end or random with :N or :N%")
-    total = len(source)
-    count = min(math.ceil(wanted * total / 100) if percent else int(wanted), total)
-    if kind == "random":
-        indices = np.random.default_rng(seed).permutation(total)[:count]
-    else:
-        indices = np.arange(total)[:count] if kind == "first" else np.arange(total)[total - count :]
-    return Subset(source, indices)
-
-
-def kept(source: RecordSource, path: str) -> RecordSource:
-    """The records that a file of scores keeps: JSON lines {"index", "id", "keep"}, made of the same source.
-
-    Raises InputError where the file names records that the source does not hold: of the first kept one the id is compared.
-    """
-    file = Rows(existing(path))
-    rows = [file[k] for k in range(len(file))]
-    try:
-        found = {int(row["index"]): row["id"] for row in rows if row["keep"]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: expected lines with index, id and keep ({error})") from None
-    if found and (max(found) >= len(source) or source[first := min(found)].get("id") != found[first]):
-        raise InputError(f"{path}: it was made of another source; score this one with jaxmllm tpl --out")
-    return Subset(source, list(found))
 
 
 # ---------------------------------------------------------------- kinds
@@ -292,6 +206,11 @@ def open_records(path: str, images: str | None = None, task: str | None = None) 
 
 def open_reflection(path: str, images: str | None = None) -> Source:
     return _file(path, dialogues.reflection, "image", images)
+
+
+def open_preference(path: str, images: str | None = None) -> Source:
+    found = _file(path, dialogues.preference, "image", images)
+    return dialogues.Preferences(found.rows, Path(found.name), found.root)
 
 
 def open_coco(
@@ -389,7 +308,9 @@ def open_world(
 def _with_options(base: Any, options: Mapping[str, Any]) -> Any:
     """A spec of the world with those options that are its fields."""
     hints = typing.get_type_hints(type(base))
-    return dataclasses.replace(base, **{k: _convert(f"world: {k}", v, hints[k]) for k, v in options.items() if k in hints})
+    return dataclasses.replace(
+        base, **{k: _convert(f"world: {k}", v, hints[k]) for k, v in options.items() if k in hints}
+    )
 
 
 def open_tfds(path: str, split: str | None = None) -> Source:
@@ -406,6 +327,7 @@ KINDS: dict[str, Callable[..., RecordSource]] = {
     "pages": open_pages,
     "records": open_records,
     "reflection": open_reflection,
+    "preference": open_preference,
     "tfds": open_tfds,
 }
 
@@ -447,7 +369,9 @@ def _open(spec: str, options: Mapping[str, Any]) -> tuple[RecordSource, float | 
     known = [name for name in parameters if name not in ("path", "spec")]
     for key in given:
         if key not in known and not free:
-            raise InputError(f"{kind}: option {key!r} is unknown; it takes {', '.join(known)}, sample, keep, group, weight")
+            raise InputError(
+                f"{kind}: option {key!r} is unknown; it takes {', '.join(known)}, sample, keep, group, weight"
+            )
     values = {k: _convert(f"{kind}: {k}", v, hints[k]) if k in known else v for k, v in given.items()}
     source = KINDS[kind](path, **values)
     if "sample" in common:

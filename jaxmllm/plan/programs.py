@@ -108,6 +108,8 @@ class Programs:
         self.cfg = dataclasses.replace(cfg, dtype=config.dtype, remat=config.remat, unroll=config.unroll)
         if config.method == "vision_warmup":
             raise InputError("method 'vision_warmup': there is no plan for it, it trains small towers")
+        if config.method == "dpo":
+            raise InputError("method 'dpo': there is no plan for it; that of 'sft' lacks the reference and its pass")
         self.tx = make_optimizer(config.optim, config.max_steps)
         # without `skip_idle`: a plan counts every group as one that teaches
         self.update = Update(self.cfg, self.tx, config.trainable, config.optim.gradient_accumulation_steps)

@@ -97,6 +97,14 @@ class UnlikelihoodConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DPOConfig:
+    """Direct preference optimisation; names are TRL's. The reference is the model that the run starts from."""
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0  # chance that a pair is labelled the wrong way round, below 0.5
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """How the model is asked in evaluations: greedily, in the style that it is trained in."""
 
@@ -121,7 +129,7 @@ class TrainConfig:
     """Everything that decides a run's numbers."""
 
     name: str
-    method: Literal["grpo", "sft", "unlikelihood", "vision_warmup"] = "grpo"
+    method: Literal["grpo", "sft", "unlikelihood", "dpo", "vision_warmup"] = "grpo"
     model: str = "tiny"  # a checkpoint folder, a hub id, or "tiny", the embedded model
     from_scratch: bool = False  # random weights in the model's architecture
     output_dir: str = "runs"  # the run folder is output_dir/name
@@ -141,6 +149,7 @@ class TrainConfig:
     grpo: GRPOOptions = GRPOOptions()
     evaluation: EvaluationConfig = EvaluationConfig()
     unlikelihood: UnlikelihoodConfig = UnlikelihoodConfig()
+    dpo: DPOConfig = DPOConfig()
     loss_norm: Literal["sample", "token"] = "token"  # SFT: see jaxmllm.losses.supervised
     mesh: MeshConfig = MeshConfig()
     sample_mesh: MeshConfig | None = None  # layout of the same devices while sampling; None: as in training
@@ -187,13 +196,7 @@ class TrainConfig:
             problems.append(f"data.style = {self.data.style!r}: use one of {', '.join(answers.STYLES)}")
         if self.method == "grpo":
             problems += self._rollout_problems()
-        if self.method == "unlikelihood":
-            if any(not spec.startswith("reflection:") for spec in self.data.train):
-                problems.append(f"data.train = {self.data.train}: method unlikelihood learns from reflection: sources")
-            if self.data.questions_per_image != 1 or self.data.first_corner_weight != 1:
-                problems.append("data.questions_per_image, data.first_corner_weight: must be 1 with method unlikelihood")
-            if self.unlikelihood.alpha < 0:
-                problems.append(f"unlikelihood.alpha = {self.unlikelihood.alpha}: must not be negative")
+        problems += self._given_problems()
         for part in (self.lora, self.rollout.sampling(()) if self.method == "grpo" else None):
             try:
                 if part is not None:
@@ -203,6 +206,22 @@ class TrainConfig:
         if problems:
             raise InputError(f"config {self.name!r}:\n  " + "\n  ".join(problems))
         return self
+
+    def _given_problems(self) -> list[str]:
+        """Of methods that learn from answers with rewards."""
+        kind = {"unlikelihood": "reflection", "dpo": "preference"}.get(self.method)
+        if kind is None:
+            return []
+        problems = []
+        if any(not spec.startswith(f"{kind}:") for spec in self.data.train):
+            problems.append(f"data.train = {self.data.train}: method {self.method} learns from {kind}: sources")
+        if self.data.questions_per_image != 1 or self.data.first_corner_weight != 1:
+            problems.append(f"data.questions_per_image, data.first_corner_weight: must be 1 with method {self.method}")
+        if self.unlikelihood.alpha < 0:
+            problems.append(f"unlikelihood.alpha = {self.unlikelihood.alpha}: must not be negative")
+        if self.dpo.beta <= 0 or not 0 <= self.dpo.label_smoothing < 0.5:
+            problems.append("dpo: beta must be above 0, label_smoothing at least 0 and below 0.5")
+        return problems
 
     def _rollout_problems(self) -> list[str]:
         rollout, grpo = self.rollout, self.grpo

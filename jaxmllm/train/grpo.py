@@ -26,7 +26,7 @@ from jaxmllm.mesh import shard_batch
 from jaxmllm.rollout import layout, sampler
 from jaxmllm.train import rewards
 from jaxmllm.train.config import TrainConfig
-from jaxmllm.train.optim import join, split
+from jaxmllm.train.optim import reference_params, split
 from jaxmllm.train.step import Rollout, encode_jit, grpo_step, score_jit
 from jaxmllm.types import Completions, Prompts
 
@@ -313,11 +313,7 @@ class GRPO:
         """Log-probabilities under the reference; no pass when no KL term reads them."""
         if self.options.beta == 0:
             return None
-        if run.state.reference is None:  # adapters: the model without them
-            params = {name: value for name, value in run.state.params.items() if name != "lora"}
-        else:
-            _, frozen = split(run.state.params, self.config.trainable)
-            params = join(run.state.reference, frozen)
+        params = reference_params(run.state, self.config.trainable)
         logps, _ = score_jit(params, run.model.cfg, prompts, completions, self.sampling(run), vision_tokens)
         return logps
 

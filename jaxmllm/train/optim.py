@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxmllm.errors import InputError
 from jaxmllm.mesh import mesh_of, param_shardings, tree_paths
 from jaxmllm.train.config import OptimConfig
+from jaxmllm.types import TrainState
 
 CONSTANTS = r"lora/.*/scale"  # part of an adapter, never trained
 
@@ -82,6 +83,13 @@ def join(a: dict, b: dict) -> dict:
     for key, value in b.items():
         out[key] = join(out[key], value) if key in out else value
     return out
+
+
+def reference_params(state: TrainState, trainable: str) -> dict:
+    """Weights of the reference model: its own trainable part; without one, adapters train and it is the model without."""
+    if state.reference is None:
+        return {name: value for name, value in state.params.items() if name != "lora"}
+    return join(state.reference, split(state.params, trainable)[1])
 
 
 def schedule(config: OptimConfig, max_steps: int) -> optax.Schedule:

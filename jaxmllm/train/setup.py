@@ -144,8 +144,8 @@ def _new_state(config: TrainConfig, model: api.Model, mesh: Mesh) -> tuple[Train
     _, shardings = state_shardings(train, jax.eval_shape(tx.init, train), mesh)
     opt_state = jax.jit(tx.init, out_shardings=shardings)(train)
     # with adapters the reference is the model without them
-    needs_reference = config.method == "grpo" and config.grpo.beta > 0 and config.lora is None
-    reference = jax.tree.map(jnp.copy, train) if needs_reference else None
+    compared = config.method == "dpo" or (config.method == "grpo" and config.grpo.beta > 0)
+    reference = jax.tree.map(jnp.copy, train) if compared and config.lora is None else None
     step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
     cut = config.optim.gradient_accumulation_steps
     skip_idle = config.method == "grpo" and cut > 1 and config.grpo.only_advantages
@@ -181,7 +181,7 @@ def build(config: TrainConfig) -> Run:
             _mixture(config), model.processor, config.batch_size, model.buckets, config.seed, asking=asking, **common
         )
         step = GRPO(config)
-    elif config.method in ("sft", "unlikelihood"):
+    elif config.method != "vision_warmup":
         batches = sft_batches(
             _mixture(config),
             model.processor,
@@ -189,7 +189,7 @@ def build(config: TrainConfig) -> Run:
             model.buckets,
             config.seed,
             asking=asking,
-            questions=data.questions_per_image,
+            questions=2 if config.method == "dpo" else data.questions_per_image,  # chosen and rejected
             weigh=first_corner(model.tokenizer, data.first_corner_weight),
             **common,
         )

@@ -20,6 +20,7 @@ from jaxmllm.losses.correction import entropy_threshold
 from jaxmllm.losses.grpo_options import GRPOOptions
 from jaxmllm.losses.logprobs import Sampling, seen_tokens, token_logprobs
 from jaxmllm.losses.policy import grpo_loss, pool_metrics
+from jaxmllm.losses.preference import dpo_loss, implicit_rewards, widest_pair
 from jaxmllm.losses.supervised import cross_entropy_sums
 from jaxmllm.losses.unlikelihood import (
     answer_turns,
@@ -28,7 +29,7 @@ from jaxmllm.losses.unlikelihood import (
     turn_probabilities,
 )
 from jaxmllm.model import qwen_vl
-from jaxmllm.train.config import UnlikelihoodConfig
+from jaxmllm.train.config import DPOConfig, UnlikelihoodConfig
 from jaxmllm.train.optim import join, kept_layout, split
 from jaxmllm.types import Completions, Prompts, TrainState
 
@@ -271,3 +272,35 @@ def unlikelihood_step(
     state, metrics = _supervised(state, (prompts, completions, sigma), update, jnp.maximum(total, 1), numerator)
     means = metrics.pop("probability") / jnp.maximum(metrics.pop("tokens"), 1)
     return state, metrics | {f"probability/answer_{k + 1}": means[k] for k in range(answers)}
+
+
+@functools.partial(jax.jit, static_argnames=("update", "options"), donate_argnames="state")
+def dpo_step(
+    state: TrainState,
+    prompts: Prompts,
+    completions: Completions,
+    rewards: Float[Array, "B G"],
+    ref_logps: Float[Array, "B G T"],
+    *,
+    update: Update,
+    options: DPOConfig,
+) -> tuple[TrainState, Metrics]:
+    """One DPO update on each prompt's best and worst completion; metrics besides those of SFT are TRL's.
+
+    `ref_logps`: log-probabilities of the completions under the reference.
+    """
+
+    def pairs(rewards):
+        return jnp.sum(widest_pair(rewards)[2]).astype(jnp.float32)
+
+    total = jnp.maximum(pairs(rewards), 1)
+
+    def numerator(logps, micro):
+        _, given, ranks, reference = micro
+        scores = implicit_rewards(logps, reference, given.weights, options.beta)
+        loss, metrics = dpo_loss(scores, ranks, label_smoothing=options.label_smoothing)
+        count = pairs(ranks)
+        return loss * count, {name: value * count / total for name, value in metrics.items()}
+
+    batch = (prompts, completions, rewards, ref_logps)
+    return _supervised(state, batch, update, total, numerator)

@@ -1,4 +1,4 @@
-"""Steps on given answers: cross-entropy, several questions of an image sharing its prefix; reflective unlikelihood."""
+"""Steps on given answers: cross-entropy, reflective unlikelihood, DPO; answers about an image share its prefix."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from jaxtyping import Float
 from jaxmllm.data.dialogues import MAX_TURNS
 from jaxmllm.data.examples import Weigh
 from jaxmllm.data.pipeline import Batch
+from jaxmllm.losses.logprobs import Sampling
 from jaxmllm.mesh import shard_batch
 from jaxmllm.rollout.reflect import dialogue_sigma
 from jaxmllm.train.config import TrainConfig
-from jaxmllm.train.step import sft_step, unlikelihood_step
+from jaxmllm.train.optim import reference_params
+from jaxmllm.train.step import dpo_step, score_jit, sft_step, unlikelihood_step
 
 if TYPE_CHECKING:
     from jaxmllm.train.setup import Run
@@ -58,14 +60,25 @@ class Supervised:
 
     def __call__(self, run: Run, batch: Batch) -> dict[str, Any]:
         config = self.config
+        prompts, completions = shard_batch((batch.prompts, batch.completions), run.mesh)
         if config.method == "unlikelihood":
-            given = shard_batch((batch.prompts, batch.completions, answer_sigmas(batch.records)), run.mesh)
+            sigmas = shard_batch(answer_sigmas(batch.records), run.mesh)
             spared = () if config.unlikelihood.penalise_end else run.model.stop_ids
-            options = {"options": config.unlikelihood, "spared": spared}
-            run.state, metrics = unlikelihood_step(run.state, *given, update=run.update, **options)
+            run.state, metrics = unlikelihood_step(
+                run.state, prompts, completions, sigmas, update=run.update, options=config.unlikelihood, spared=spared
+            )
+        elif config.method == "dpo":
+            rewards = np.array([[record["reward"] for record in pair] for pair in batch.records], np.float32)
+            reference = reference_params(run.state, config.trainable)
+            ref_logps, _ = score_jit(reference, run.model.cfg, prompts, completions, Sampling())
+            run.state, metrics = dpo_step(
+                run.state, prompts, completions, shard_batch(rewards, run.mesh), ref_logps,
+                update=run.update, options=config.dpo,
+            )  # fmt: skip
         else:
-            given = shard_batch((batch.prompts, batch.completions), run.mesh)
-            run.state, metrics = sft_step(run.state, *given, update=run.update, loss_norm=config.loss_norm)
+            run.state, metrics = sft_step(
+                run.state, prompts, completions, update=run.update, loss_norm=config.loss_norm
+            )
         return metrics
 
     def get_state(self) -> dict[str, float]:
