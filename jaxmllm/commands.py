@@ -54,7 +54,12 @@ def reflect(
         raise InputError("--prompt: records of --data bring their own questions")
     if data is None and critic == REWARD:
         raise InputError("--critic reward: a picture of its own has no reference; name a model, or give --data")
-    for name, value in (("turns", turns), ("limit", limit), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+    for name, value in (
+        ("turns", turns),
+        ("limit", limit),
+        ("max_new_tokens", max_new_tokens),
+        ("batch_size", batch_size),
+    ):
         if value < 1:
             raise InputError(f"--{name} {value}: must be at least 1")
     if out is not None and (out / "dialogues.jsonl").exists():
@@ -93,7 +98,12 @@ def reflect(
     def speaker(one: api.Model) -> Callable[..., list[str]]:
         def generate(conversations: Sequence[Any], temperature: float = temperature) -> list[str]:
             groups = api.generate(
-                one, conversations, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size
+                one,
+                conversations,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                batch_size=batch_size,
             )
             return [group[0].text for group in groups]
 
