@@ -356,3 +356,11 @@ def test_bad_options_of_generate(model, options, message):
 def test_bad_completions(model, completions, message):
     with pytest.raises(InputError, match=message):
         jaxmllm.score(model, MIXED[:1], completions)
+
+
+def test_train_stays_a_function():
+    """Also once its package is imported, which has the same name."""
+    from jaxmllm.train.config import TrainConfig
+
+    with pytest.raises(InputError, match="max_steps = 0: must be at least 1"):
+        jaxmllm.train(TrainConfig("none", max_steps=0))
