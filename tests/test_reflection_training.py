@@ -55,18 +55,21 @@ def config(folder, path, **changes):
 
 def expected(path, rows, alpha, spared) -> float:
     """Sheet reper.md 4.2 in numpy: each answer is scored on its own after all that came before it."""
-    model, sigmas = api.load("tiny", dtype="float32"), {"vlm": lambda r: np.array(r) / 10, "rule": lambda r: np.array(r) / max(r)}
-    losses = []
+    chats, texts = [], []
+    for row in rows:
+        for k, turn in enumerate(row["turns"]):
+            chats.append(conversation({"image": str(path.parent / row["image"])}, row["question"], row["turns"][:k]))
+            texts.append([turn["response"] + END])
+    scores = iter(api.score(api.load("tiny", dtype="float32"), chats, texts))
+    sigmas, losses = {"vlm": lambda r: np.array(r) / 10, "rule": lambda r: np.array(r) / max(r)}, []
     for row in rows:
         tokens = []
-        sigma = sigmas[row["source"]]([turn["reward"] for turn in row["turns"]])
-        for k, turn in enumerate(row["turns"]):
-            chat = conversation({"image": str(path.parent / row["image"])}, row["question"], row["turns"][:k])
-            ((logps,),) = api.score(model, [chat], [[turn["response"] + END]])
+        for sigma in sigmas[row["source"]]([turn["reward"] for turn in row["turns"]]):
+            (logps,) = next(scores)
             pushed = np.ones(len(logps))
             pushed[-1] = not spared
             floored = np.log(np.maximum(1 - np.exp(logps.astype(np.float64)), 1e-5))
-            tokens.append(-(sigma[k] * logps + alpha * (1 - sigma[k]) * pushed * floored))
+            tokens.append(-(sigma * logps + alpha * (1 - sigma) * pushed * floored))
         losses.append(np.concatenate(tokens).mean())
     return float(np.mean(losses))
 
@@ -102,13 +105,10 @@ def test_preference(tmp_path, rows):
     # the second update's margin is that of the scorer, on the weights after the first
     once = dataclasses.replace(base, max_steps=1, name="once", export=True)
     before, after = (api.load(folder, dtype="float32") for folder in ("tiny", train(once) / "export"))
-    margins = []
-    for row in found:
-        chat = [conversation({"image": str(path.parent / row["image"])}, row["question"])]
-        said = [[row["turns"][k]["response"] + END for k in (-1, 0)]]
-        (new,), (old,) = (api.score(model, chat, said) for model in (after, before))
-        chosen, rejected = (0.1 * (a - b).sum() for a, b in zip(new, old, strict=True))
-        margins.append(chosen - rejected)
+    chats = [conversation({"image": str(path.parent / row["image"])}, row["question"]) for row in found]
+    said = [[row["turns"][k]["response"] + END for k in (-1, 0)] for row in found]
+    pairs = zip(api.score(after, chats, said), api.score(before, chats, said), strict=True)
+    margins = [0.1 * ((new[0] - old[0]).sum() - (new[1] - old[1]).sum()) for new, old in pairs]
     assert lines[1]["rewards/margins"] == pytest.approx(np.mean(margins), rel=1e-2)
     assert lines[1]["loss"] == pytest.approx(np.mean(np.log1p(np.exp(-np.array(margins)))), rel=1e-3)
     assert lines[2]["rewards/margins"] > lines[1]["rewards/margins"] > 0 and lines[2]["rewards/accuracies"] == 1

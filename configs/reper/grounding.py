@@ -1,15 +1,21 @@
-"""Reflective unlikelihood (RePer) on the embedded model: it learns to look again when it is told to.
+"""Reflective unlikelihood (RePer) on the embedded model: it learns to answer again when it is told to.
 
 First the policy's own answers become dialogues from worst to best; grainy pictures make some of them bad:
 
-    ./launch/local.sh jaxmllm reflect --critic reward --out runs/reflection --limit 3000 --batch-size 64 \\
+    ./launch/local.sh jaxmllm reflect --critic reward --out runs/reflection --limit 1500 --batch-size 64 \\
         --max-new-tokens 48 --data "world:grounding?size=84x84&objects=2-4&noise=18"
     ./launch/local.sh jaxmllm train configs/reper/grounding.py
 
-The same loop on unseen scenes, before and after (--model tiny, --model runs/reper_grounding/export):
+The loop on 256 unseen scenes tells what came of it. Mean score of answers 1, 2, 3, of 10: before 7.73, 1.92, 0.41 (the
+embedded model knows no second turn), after 8.08, 7.32, 6.35:
 
     ./launch/local.sh jaxmllm reflect --critic reward --limit 256 --batch-size 64 --max-new-tokens 48 \\
         --data "world:grounding?size=84x84&objects=2-4&noise=18&split=val" --model runs/reper_grounding/export
+
+The best and the worst answer of the same dialogues as preferences (DPO):
+
+    ./launch/local.sh jaxmllm train configs/reper/grounding.py --method dpo --name reper_dpo \\
+        --data.train preference:runs/reflection/dialogues.jsonl --optim.learning-rate 2e-5
 """
 
 from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig, UnlikelihoodConfig
