@@ -128,12 +128,13 @@ def test_answers_that_are_not_preferred(tmp_path, rows):
     ]  # fmt: skip
     said = {"chosen": "It is at [10, 1].", "rejected": [{"role": "assistant", "content": "It is at [0, 0]."}]}
     trl = {"prompt": "Where is it?", "images": ["0.png"], **said}
-    file.write_text(json.dumps(trl) + "\n" + json.dumps(trl | {"rejected": ""}) + "\n")
-    one, other = (open_source(f"preference:{file}").records(0), source.records(0))
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps(trl) + "\n" + json.dumps(trl | {"rejected": ""}) + "\n")
+    one, other = (open_source(f"preference:{pairs}").records(0), source.records(0))
     assert [record["messages"] for record in one] == [record["messages"] for record in other]
     assert [record["reward"] for record in one] == [1.0, 0.0]
     with pytest.raises(InputError, match="record 1: rejected: expected a text"):
-        open_source(f"preference:{file}")[1]
+        open_source(f"preference:{pairs}")[1]
 
 
 def test_other_data_is_refused(tmp_path, rows):
