@@ -15,6 +15,7 @@ from jaxmllm.errors import InputError
 log = logging.getLogger(__name__)
 COCO_TASKS = ("detection", "counting", "grounding")
 CROWD = ("drop", "keep")
+ORDERS = ("file", "left")
 
 
 class CocoSource(Source):
@@ -24,6 +25,9 @@ class CocoSource(Source):
       them too. Both give `crowd_boxes` and `crowd_labels`, which a metric must ignore.
     - counting: one record an image and category that occurs in it, except where a part of it is a crowd.
     - grounding: one record an image and category of which there is exactly one, which the name therefore singles out.
+
+    `order`: objects of an image as the file lists them, or by their left side and then their upper one, as in the world: a
+    sequence that can be learned.
 
     Records carry `image_id`. `categories` keeps only objects with these names; `category_ids` maps names to the file's
     ids. Boxes are pixels of the original image. Images without an object asked for have no record, unless `empty`.
@@ -38,6 +42,7 @@ class CocoSource(Source):
         crowd: str = "drop",
         max_objects: int = 0,
         empty: bool = False,
+        order: str = "file",
     ):
         """`images`: folder of the images, else it is looked for near the file. `max_objects`: leave out questions
         with more objects in the answer, 0 for no limit. Raises InputError naming the file, the entry and the field.
@@ -53,7 +58,8 @@ class CocoSource(Source):
         self.category_ids = _categories(raw["categories"], categories, path)
         self.names = list(self.category_ids)
         self._read_images(raw["images"], path)
-        self._read_annotations(raw["annotations"], {entry["id"] for entry in raw["categories"]}, path)
+        by_left = choose(order, ORDERS, "order") == "left"
+        self._read_annotations(raw["annotations"], {entry["id"] for entry in raw["categories"]}, path, by_left)
         self.root = image_root(path, images, self.files[0])
         self.index = self._questions(max_objects, empty)
         if not len(self.index):
@@ -77,7 +83,7 @@ class CocoSource(Source):
         if len(self._place) < len(self.image_ids):
             raise InputError(f"{path}: two images have the same id")
 
-    def _read_annotations(self, entries: Sequence[Any], known: set[Any], path: Path) -> None:
+    def _read_annotations(self, entries: Sequence[Any], known: set[Any], path: Path, by_left: bool) -> None:
         """Objects as arrays, ordered by image: 860,000 of them must fit in each worker."""
         column = {number: k for k, number in enumerate(self.category_ids.values())}
         rows, flat = [], 0
@@ -100,7 +106,8 @@ class CocoSource(Source):
             rows.append((image, column[category], bool(entry.get("iscrowd", 0)), x, y, x + w, y + h))
         if flat:
             log.warning("%s: %d boxes without area are left out", path, flat)
-        rows.sort(key=lambda row: row[0])  # stable: the file's order inside an image
+        # stable: the file's order inside an image, unless another is asked for
+        rows.sort(key=lambda row: (row[0], *row[3:5]) if by_left else row[0])
         table = np.array([row[:3] for row in rows], np.int64).reshape(-1, 3)
         self.labels = table[:, 1]  # index into names
         self.is_crowd = table[:, 2].astype(bool)

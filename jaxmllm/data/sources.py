@@ -5,7 +5,7 @@
 | `world:grounding:2,counting` | the procedural world, tasks with weights (split seed length questions, and every   |
 |                              | field of the world's spec that is no nested tuple)                                 |
 | `coco:FILE.json`             | COCO JSON (task=detection,counting,grounding categories=A,B crowd max_objects      |
-|                              | empty images)                                                                      |
+|                              | empty images order)                                                                |
 | `chat:FILE`                  | Hugging Face messages, or TRL's prompt / image(s) / solution (images)              |
 | `pr1:FILE`                   | Perception-R1's rows, or a YAML mixture of such files (task frame images seed)     |
 | `refcoco:PATH`               | RefCOCO, + and g: rows, a JSON release, or a folder prepared by TFDS               |
@@ -21,7 +21,8 @@
 FILE is .jsonl, .json (a list) or .parquet (also a folder of shards), unless it says otherwise. Options are written
 `coco:train.json?task=counting&categories=RBC,WBC`. Every spec also takes `sample` (first:N, end:N, random:N, N with or
 without %) with `seed`, `keep` (a file of `jaxmllm tpl --out`: the records that it keeps), `group` (records of one image
-together, see `Grouped`) and, among several specs, `weight`.
+together, see `Grouped`), `augment` (that many random views of each record, see `augment.Augmented`) with `crop`, and, among
+several specs, `weight`.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ import grain
 import numpy as np
 
 from jaxmllm.data import dialogues, records
+from jaxmllm.data.augment import Augmented
 from jaxmllm.data.coco import CocoSource, referring_rows
 from jaxmllm.data.formats import Record, Rows, RowSource, Source, choose, existing, image_root, media
 from jaxmllm.data.selection import RecordSource, all_records, image_key, kept, sample, where
@@ -47,6 +49,7 @@ from jaxmllm.errors import InputError
 from jaxmllm.world.source import DEFAULT_SPECS, WorldSource
 
 ENDLESS = 2**62  # length of an endless order
+COMMON = ("sample", "keep", "group", "weight", "augment", "crop")  # options that every spec takes
 
 
 # ---------------------------------------------------------------- parts of sources
@@ -221,8 +224,9 @@ def open_coco(
     crowd: str = "drop",
     max_objects: int = 0,
     empty: bool = False,
+    order: str = "file",
 ) -> Source:
-    return CocoSource(path, task, images, categories, crowd, max_objects, empty)
+    return CocoSource(path, task, images, categories, crowd, max_objects, empty, order)
 
 
 def open_refcoco(
@@ -359,29 +363,33 @@ def _open(spec: str, options: Mapping[str, Any]) -> tuple[RecordSource, float | 
     # read as it stands, not as an address: folders may be named refcoco+
     given: dict[str, Any] = {key: value for key, _, value in (item.partition("=") for item in query.split("&")) if key}
     given |= {key: value for key, value in options.items() if value is not None}
-    common = {key: given.pop(key) for key in ("sample", "keep", "group", "weight") if key in given}
+    common = {key: given.pop(key) for key in COMMON if key in given}
     seed = given.get("seed", 0)
     hints = typing.get_type_hints(KINDS[kind])
     parameters = inspect.signature(KINDS[kind]).parameters
     free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if "sample" in common and "seed" not in parameters:
+    if ("sample" in common or "augment" in common) and "seed" not in parameters:
         given.pop("seed", None)
     known = [name for name in parameters if name not in ("path", "spec")]
     for key in given:
         if key not in known and not free:
-            raise InputError(
-                f"{kind}: option {key!r} is unknown; it takes {', '.join(known)}, sample, keep, group, weight"
-            )
+            raise InputError(f"{kind}: option {key!r} is unknown; it takes {', '.join([*known, *COMMON])}")
     values = {k: _convert(f"{kind}: {k}", v, hints[k]) if k in known else v for k, v in given.items()}
     source = KINDS[kind](path, **values)
+    seed = _convert(f"{kind}: seed", seed, int) if common else 0
     if "sample" in common:
-        source = sample(source, str(common["sample"]), _convert(f"{kind}: seed", seed, int))
+        source = sample(source, str(common["sample"]), seed)
     if "keep" in common:
         source = kept(source, str(common["keep"]))
     if not len(source):
         raise InputError(f"{spec}: no records are left")
     if "group" in common and _convert(f"{kind}: group", common["group"], bool):
         source = Grouped(source)
+    if "augment" in common:
+        views = _convert(f"{kind}: augment", common["augment"], int)
+        source = Augmented(source, views, _convert(f"{kind}: crop", common.get("crop", 0.7), float), seed)
+    elif "crop" in common:
+        raise InputError(f"{kind}: option 'crop' goes with augment, the number of views")
     weight = common.get("weight")
     return source, None if weight is None else _convert(f"{kind}: weight", weight, float)
 
