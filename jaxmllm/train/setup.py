@@ -13,15 +13,16 @@ from jaxmllm import api
 from jaxmllm.config import load_model_config
 from jaxmllm.data.chat import Processor
 from jaxmllm.data.examples import Asking, Sized
+from jaxmllm.data.images import PixelConfig
 from jaxmllm.data.pipeline import agree_with_all, rl_batches, sft_batches
 from jaxmllm.data.sources import RecordSource, open_source
 from jaxmllm.distributed import row_block
-from jaxmllm.errors import InputError
 from jaxmllm.eval.harness import Generate
 from jaxmllm.mesh import make_mesh, param_shardings
 from jaxmllm.meshes import same_devices
 from jaxmllm.model import lora
 from jaxmllm.tasks import answers, ocr
+from jaxmllm.train.box_targets import BoxTargets
 from jaxmllm.train.config import EvaluationConfig, TrainConfig
 from jaxmllm.train.grpo import GRPO
 from jaxmllm.train.optim import make_optimizer, split, state_shardings
@@ -153,11 +154,10 @@ def _new_state(config: TrainConfig, model: api.Model, mesh: Mesh) -> tuple[Train
     return TrainState(step, params, opt_state, reference), update
 
 
-def _world_sources(config: TrainConfig) -> list[Any]:
-    sources = [open_source(spec) for spec in config.data.train]
-    if any(not hasattr(source, "grid_targets") for source in sources):
-        raise InputError(f"data.train = {config.data.train}: a vision warm-up needs sources of the world")
-    return sources
+def _target_sources(config: TrainConfig, pixels: PixelConfig) -> list[Any]:
+    """Sources of the world, and detection records made to tell what each cell of a picture shows."""
+    opened = [open_source(spec) for spec in config.data.train]
+    return [source if hasattr(source, "grid_targets") else BoxTargets(source, pixels) for source in opened]
 
 
 def build(config: TrainConfig) -> Run:
@@ -195,8 +195,8 @@ def build(config: TrainConfig) -> Run:
         )
         step = Supervised(config)
     else:
-        sources = _world_sources(config)
         pixels = model.processor.pixel_config
+        sources = _target_sources(config, pixels)
         batches, token_index = warmup_batches(sources, pixels, config.batch_size, config.seed, data.workers)
         step = Warmup(sources, model.tokenizer, token_index)
     return Run(config, mesh, model, state, update, batches, asking, step, build_sample_mesh(config, mesh))

@@ -22,12 +22,14 @@ from jaxmllm.data.images import PixelConfig, image_frames
 from jaxmllm.errors import InputError
 from jaxmllm.mesh import shard_batch
 from jaxmllm.model import qwen_vl
+from jaxmllm.train.box_targets import BoxTargets
 from jaxmllm.train.step import Update, apply_gradients
 from jaxmllm.types import TrainState, Vision
 from jaxmllm.world.source import WorldSource
 
 COORDINATES = ("x1", "y1", "x2", "y2")
 HEADS = "warmup"  # key of the throw-away heads in the parameter tree
+Targets = WorldSource | BoxTargets  # what tells which object each cell of a picture shows
 
 
 class WarmupBatch(struct.PyTreeNode):
@@ -38,12 +40,14 @@ class WarmupBatch(struct.PyTreeNode):
     boxes: Int[Array, "B cells 4"]  # x1, y1, x2, y2 of the object, pixels
 
 
-def word_fields(sources: Sequence[WorldSource]) -> dict[str, tuple[str, ...]]:
+def word_fields(sources: Sequence[Targets]) -> dict[str, tuple[str, ...]]:
     """The words each field of `grid_targets` chooses from. Sources that share a field must share its words."""
     fields: dict[str, tuple[str, ...]] = {}
     for source in sources:
-        spec: Any = source.spec
-        if hasattr(spec, "vocabulary"):
+        spec: Any = getattr(source, "spec", None)
+        if isinstance(source, BoxTargets):
+            found = source.words
+        elif hasattr(spec, "vocabulary"):
             found = {"word": tuple(spec.vocabulary)}
         else:
             found = {"shape": spec.shapes, "colour": spec.colours, "size": tuple(s[0] for s in spec.sizes)}
@@ -59,9 +63,9 @@ def init_heads(key: Any, width: int) -> dict:
 
 
 class _Pictures:
-    """Random access over several world sources by turns."""
+    """Random access over several sources by turns."""
 
-    def __init__(self, sources: Sequence[WorldSource], pixels: PixelConfig):
+    def __init__(self, sources: Sequence[Targets], pixels: PixelConfig):
         self.sources, self.pixels, self.fields = tuple(sources), pixels, word_fields(sources)
 
     def __len__(self) -> int:
@@ -79,7 +83,7 @@ class _Pictures:
 
 
 def warmup_batches(
-    sources: Sequence[WorldSource], pixels: PixelConfig, batch_size: int, seed: int, workers: int = 1
+    sources: Sequence[Targets], pixels: PixelConfig, batch_size: int, seed: int, workers: int = 1
 ) -> tuple[Any, np.ndarray]:
     """An endless iterator of WarmupBatch with `get_state`, `set_state` and `close`; and the raster order of tokens.
 
@@ -142,9 +146,9 @@ def warmup_step(
 class Warmup:
     """Callable `(run, batch) -> metrics` that replaces `run.state`."""
 
-    def __init__(self, sources: Sequence[WorldSource], tokenizer: Any, token_index: np.ndarray):
+    def __init__(self, sources: Sequence[Targets], tokenizer: Any, token_index: np.ndarray):
         self.token_index = jnp.asarray(token_index)
-        largest = max(max(source.spec.size) for source in sources)
+        largest = max(max(getattr(source, "spec", source).size) for source in sources)
         pieces = [tokenizer.encode(str(n), add_special_tokens=False) for n in range(largest + 1)]
         if any(len(piece) != 1 for piece in pieces):
             raise InputError(f"vision_warmup: the tokenizer must write each of 0..{largest} as one token")
