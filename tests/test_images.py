@@ -22,6 +22,7 @@ from jaxmllm.data.images import (
     pixel_config,
     smart_resize,
     window_layout,
+    write_limits,
 )
 from jaxmllm.errors import InputError
 
@@ -267,6 +268,8 @@ def test_both_forms_of_the_preprocessor_config(raw, limits, tmp_path):
         ]:
             made = load_pixel_config(folder, MODEL, min_pixels=low, max_pixels=high)
             assert (made.min_pixels, made.max_pixels) == expected
+        write_limits(folder, 4321, 54321)
+        assert load_pixel_config(folder, MODEL) == dataclasses.replace(cfg, min_pixels=4321, max_pixels=54321)
     assert load_pixel_config(tmp_path, MODEL) == PixelConfig()
 
 

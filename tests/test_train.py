@@ -47,6 +47,7 @@ def test_what_a_run_leaves(finished):
     for name in (
         "loss", "grad_norm", "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "entropy",
         "completions/clipped_ratio", "rewards/tests.reward_functions:checksum/mean", "num_tokens", "step_time",
+        "processor_time",
     ):  # fmt: skip
         assert all(np.isfinite(row[name]) for row in rows), name
     assert rows[0]["num_tokens"] < rows[1]["num_tokens"] < rows[2]["num_tokens"]
@@ -154,7 +155,7 @@ def test_adapters_leave_the_model_as_it_was(tmp_path):
     base = training.config(tmp_path, max_steps=2, export=True)
     config = dataclasses.replace(
         base,
-        data=dataclasses.replace(base.data, eval=()),
+        data=dataclasses.replace(base.data, eval=(), max_pixels=8000),
         lora=LoRAConfig(r=2, lora_alpha=4),
         grpo=dataclasses.replace(base.grpo, beta=0.04),
     )
@@ -163,6 +164,7 @@ def test_adapters_leave_the_model_as_it_was(tmp_path):
     start = api.load("tiny").params
     training.assert_same(start, {k: v for k, v in state.params.items() if k != "lora"})
     assert (folder / "adapter").is_dir()
+    assert api.load(folder / "export").processor.pixel_config.max_pixels == 8000  # as it was trained
     merged = api.load(folder / "export").params  # adapters merged
     a, b = (params["text"]["layers"]["self_attn"]["q_proj"]["kernel"] for params in (merged, start))
     assert not np.array_equal(a, b)

@@ -43,7 +43,7 @@ def rewarded_by(name: str, **options) -> RolloutConfig:
 
 def numbers(run_dir, *left_out: str) -> list[dict]:
     """The logged metrics without what depends on the clock."""
-    clock = ("time", "step_time", "tokens_per_second", *left_out)
+    clock = ("time", "step_time", "processor_time", "tokens_per_second", *left_out)
     return [
         {k: v for k, v in row.items() if k not in clock and not k.startswith("seconds/")}
         for row in read_lines(run_dir / "metrics.jsonl")

@@ -323,10 +323,12 @@ def save_params(
     source: str | Path | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 2 << 30,
+    pixels: tuple[int, int] | None = None,
 ) -> None:
     """Writes a folder that transformers loads: safetensors (sharded above `max_shard_bytes`), index and config.json.
 
-    Config, tokenizer and processor files are copied from `source` when given. The folder appears whole or not at all; an
+    Config, tokenizer and processor files are copied from `source` when given; `pixels` replaces the processor's fewest and
+    most pixels of an image. The folder appears whole or not at all; an
     existing checkpoint folder is replaced. Every process must call it; the first writes. Raises InputError for a tree with
     LoRA left or other parameters than the architecture's, and for a folder that holds something else.
     """
@@ -368,14 +370,16 @@ def save_params(
         flush()
         if stage is not None:
             stored = dtype or params["embed"].dtype.name
-            _finish(stage, folder, files, total, config_to_hf(cfg), source, stored)
+            _finish(stage, folder, files, total, config_to_hf(cfg), source, stored, pixels)
     except BaseException:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
         raise
 
 
-def _finish(stage: Path, folder: Path, files: list[list[str]], total: int, config: dict, source, dtype: str) -> None:
+def _finish(
+    stage: Path, folder: Path, files: list[list[str]], total: int, config: dict, source, dtype: str, pixels
+) -> None:
     weight_map = {}
     for i, names in enumerate(files):
         single = len(files) == 1
@@ -389,6 +393,10 @@ def _finish(stage: Path, folder: Path, files: list[list[str]], total: int, confi
         for file in Path(source).glob(pattern):
             if file.name != "model.safetensors.index.json":
                 shutil.copy(file, stage / file.name)
+    if pixels is not None:
+        from jaxmllm.data.images import write_limits  # Pillow, which nothing else here needs
+
+        write_limits(stage, *pixels)
     if (stage / "config.json").exists():
         config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
     for part in (config, *(config[key] for key in ("text_config", "vision_config") if config.get(key))):

@@ -134,7 +134,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
                 if config.max_seconds and distributed.from_all(time.monotonic() - began > config.max_seconds)[0]:
                     break
                 trace.before(step)
-                clock = time.perf_counter()
+                clock, busy = time.perf_counter(), time.process_time()
                 batch = next(run.batches)
                 waited = time.perf_counter() - clock
                 metrics = run.step(run, batch)
@@ -149,6 +149,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
                     # GRPO reports its phases itself; any other step is one program
                     metrics = {"seconds/update": seconds - waited} | metrics
                     metrics |= {"step_time": seconds, "seconds/data": waited}
+                    # of all threads of this process: what a CPU run costs, however busy the machine is
+                    metrics["processor_time"] = time.process_time() - busy
                     if "num_tokens" in metrics:  # the running total, as in TRL, of logged updates
                         metrics["tokens_per_second"] = metrics["num_tokens"] / seconds
                         seen_tokens += metrics["num_tokens"]
@@ -259,10 +261,12 @@ def log_completions(writer: MetricsWriter, step: int, grpo: GRPO) -> None:
 
 
 def export(run: Run, folder: Path) -> None:
-    """The trained model as a Hugging Face folder; adapters are also saved on their own, then merged."""
+    """The trained model as a Hugging Face folder, which shows pictures as in training; adapters are also saved, then merged."""
     params = {name: value for name, value in run.state.params.items() if name != HEADS}
     if run.config.lora is not None:
         lora.save(params, run.config.lora, folder.with_name("adapter"), base_model=run.config.model)
         params = jax.jit(lora.merge)(params)
     params = jax.tree.map(jnp.asarray, params)
-    hf.save_params(params, run.model.cfg, folder, source=run.model.folder)
+    pixels = run.model.processor.pixel_config
+    limits = (pixels.min_pixels, pixels.max_pixels)
+    hf.save_params(params, run.model.cfg, folder, source=run.model.folder, pixels=limits)
