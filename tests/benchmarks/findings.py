@@ -1,0 +1,294 @@
+"""Perception-R1's findings on the embedded model: every run that the table needs, several seeds each, against equal-compute SFT.
+
+    python -m tests.benchmarks.findings FOLDER                    runs what FOLDER lacks; start it again any time
+    python -m tests.benchmarks.findings FOLDER --only sft         of one group only: bccd, sft, matching, thinking, group, kl
+    python -m tests.benchmarks.findings FOLDER --jobs 2           two runs side by side, each on one core
+    python -m tests.benchmarks.findings FOLDER --show             the table of what is there, from the runs' own evaluations
+
+A run is `jaxmllm train` with the flags that are printed while it runs, in FOLDER/runs; its result is FOLDER/results/NAME.json
+with the command, the figures before and after, and the processor time of its updates. One that was stopped goes on.
+
+Worlds: grainy scenes (noise of 18 levels, as in configs/quickstart.py), which the embedded model has not seen. RL: 128 answers an
+update (16 prompts x 8 unless the case says otherwise), rewards alone. SFT: gold answers for the same scenes, four questions a
+picture, with the recipe that trained the embedded model at the better of two rates. Both arms start from the same weights and
+have the tower frozen, and the numbers of updates are such that SFT gets at least the processor time of RL (the table has both).
+
+The photographs (`bccd`) are blood cells in COCO JSON, ../shared/data/bccd unless BCCD names another folder; see configs/bccd.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxmllm.runfiles import read_lines
+
+ROOT = Path(__file__).parents[2]
+SEEDS = (0, 1, 2)
+QUICKSTART = "configs/quickstart.py"
+SCENES = "size=84x84&objects=2-4&noise=18"
+TASKS = {
+    "grounding": f"world:grounding?{SCENES}",
+    "counting": f"world:counting?{SCENES}",
+    "detection": f"world:detection?{SCENES}",
+    "ocr": "world:ocr?size=84x84&lines=1-2&words=1-1&font_sizes=14-18&noise=18",
+}
+RL_UPDATES = 60
+BCCD_SFT_UPDATES, BCCD_SFT_RATE = 200, ("--optim.learning_rate", "5e-4")
+# SFT updates that take the time of RL_UPDATES on one core, and then some
+SFT_UPDATES = {"grounding": 200, "counting": 200, "detection": 200, "ocr": 200}
+SFT_RATE = "5e-4"
+TOKENS = {"grounding": 32, "counting": 64, "detection": 96, "ocr": 32}  # of the longest answer, and to spare
+THOUGHT = 16  # tokens more for the tags of a thinking format
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run for each seed, or with `once` of seed 0 alone. `after`: the case whose weights it starts from, of its own seed."""
+
+    group: str
+    config: str
+    flags: tuple[str, ...]
+    after: str = ""
+    once: bool = False
+
+
+# ---------------------------------------------------------------- cases
+
+
+def world(task: str, tokens: int) -> tuple[str, ...]:
+    source = TASKS[task]
+    return (
+        *("--data.train", f"{source}&length=1000000", "--data.weights", "1", "--data.eval", f"{source}&split=val"),
+        *("--data.eval_samples", "512", "--grpo.max_completion_length", str(tokens)),
+    )
+
+
+def rl(group: str, task: str, *flags: str, updates: int = RL_UPDATES, thought: int = 0, after: str = "") -> Case:
+    common = (*world(task, TOKENS[task] + thought), "--max_steps", str(updates))
+    return Case(group, QUICKSTART, (*common, *flags), after)
+
+
+def sft(group: str, task: str, *flags: str, updates: int, thought: int = 0) -> Case:
+    recipe = (
+        *("--method", "sft", "--data.questions_per_image", "4", "--data.first_corner_weight", "3"),
+        *("--optim.learning_rate", SFT_RATE, "--optim.lr_scheduler_type", "linear", "--optim.warmup_steps", "10"),
+    )
+    common = (*world(task, TOKENS[task] + thought), "--max_steps", str(updates))
+    return Case(group, QUICKSTART, (*common, *recipe, *flags))
+
+
+def group_size(g: int) -> tuple[str, ...]:
+    return ("--grpo.num_generations", str(g), "--batch_size", str(128 // g))
+
+
+CASES: dict[str, Case] = {
+    **{f"{task}_rl": rl("sft", task) for task in TASKS},
+    **{f"{task}_sft": sft("sft", task, updates=SFT_UPDATES[task]) for task in TASKS},
+    **{
+        f"{task}_in_order": rl("matching", task, "--rollout.reward_matching", "order")
+        for task in ("counting", "detection")
+    },
+    # the embedded model never wrote <think>: a short SFT teaches the form, with nothing in the thought, and the other arm the
+    # same answers without it
+    **{
+        f"{task}_{name}": sft("thinking", task, *flags, updates=60, thought=THOUGHT)
+        for task in ("grounding", "counting")
+        for name, flags in (("taught", ()), ("taught_thinking", ("--data.thinking",)))
+    },
+    **{
+        f"{task}_{name}_rl": rl("thinking", task, *flags, thought=THOUGHT, after=f"{task}_{name}")
+        for task in ("grounding", "counting")
+        for name, flags in (("taught", ()), ("taught_thinking", ("--data.thinking",)))
+    },
+    **{f"{task}_g{g}": rl("group", task, *group_size(g)) for task in ("grounding", "counting") for g in (2, 4, 16)},
+    **{f"{task}_kl": rl("kl", task, "--grpo.beta", "0.04") for task in ("grounding", "counting")},
+}
+
+
+def photographs() -> dict[str, Case]:
+    """Vision and first SFT are run once, the arms that start from them once for each seed."""
+    folder = os.environ.get("BCCD", "../shared/data/bccd")
+    return {
+        "bccd_vision": Case(
+            "bccd", "configs/bccd/vision.py", ("--data.train", cells(folder, "train", "augment=10000")), once=True
+        ),
+        "bccd_sft": Case(
+            "bccd", "configs/bccd/sft.py", photo_flags(folder, "detection", "counting"), "bccd_vision", once=True
+        ),
+        "bccd_more_sft": Case(
+            "bccd",
+            "configs/bccd/sft.py",
+            (*photo_flags(folder, "detection", "counting"), *("--max_steps", str(BCCD_SFT_UPDATES), *BCCD_SFT_RATE)),
+            "bccd_sft",
+        ),
+        **{
+            f"bccd_{task}_rl": Case("bccd", "configs/bccd/grpo.py", photo_flags(folder, task), "bccd_sft")
+            for task in ("detection", "counting")
+        },
+    }
+
+
+def cells(folder: str, split: str, *options: str) -> str:
+    return "&".join((f"coco:{folder}/{split}.json?order=left", *options))
+
+
+def photo_flags(folder: str, *tasks: str) -> tuple[str, ...]:
+    train = [cells(folder, "train", f"task={task}", "augment=10000") for task in tasks]
+    weights = ("2", "1")[: len(tasks)]
+    evaluated = [cells(folder, "val", f"task={task}") for task in ("detection", "counting")]
+    return ("--data.train", *train, "--data.weights", *weights, "--data.eval", *evaluated)
+
+
+# ---------------------------------------------------------------- runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    name: str
+    seed: int
+    case: Case
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}_{self.seed}"
+
+    @property
+    def start(self) -> str:
+        """Key of the run that it starts from; empty for none."""
+        after = self.case.after
+        return f"{after}_{0 if cases()[after].once else self.seed}" if after else ""
+
+    def command(self, folder: Path) -> list[str]:
+        start = ("--model", str(folder / "runs" / self.start / "export")) if self.start else ()
+        return [
+            *("jaxmllm", "train", self.case.config, "--name", self.key, "--output_dir", str(folder / "runs")),
+            *("--seed", str(self.seed), *self.case.flags, *start),
+            *("--logging_steps", "1", "--save_steps", "50", "--completions_steps", "1000", "--save_pictures", "0"),
+            *(() if any(other.after == self.name for other in cases().values()) else ("--no-export",)),
+        ]
+
+
+def cases() -> dict[str, Case]:
+    return photographs() | CASES
+
+
+def jobs(only: str, seeds: Sequence[int]) -> Iterator[Job]:
+    """Seed by seed, so that a table that is not full yet has whole rows; a run after those it starts from."""
+    for seed in seeds:
+        for name, case in cases().items():
+            if only in ("", case.group) and not (case.once and seed):
+                yield Job(name, seed, case)
+
+
+def train(job: Job, folder: Path, core: int, before: Sequence[str]) -> None:
+    """Runs a job on one core and writes its result. Raises CalledProcessError."""
+    line = job.command(folder)
+    print(shlex.join(line), flush=True)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    with open(folder / "logs" / f"{job.key}.txt", "a") as log:
+        subprocess.run(
+            [*before, sys.executable, "-m", "jaxmllm.cli", *line[1:]],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        )
+    run = folder / "runs" / job.key
+    steps = [row["processor_time"] for row in read_lines(run / "metrics.jsonl") if "processor_time" in row]
+    result = {
+        "case": job.name,
+        "seed": job.seed,
+        "command": shlex.join(line),
+        "updates": len(steps),
+        # processor time, of the median update: the first ones compile, and other programs may slow a machine down
+        "seconds": statistics.median(steps) * len(steps),
+        **{
+            name: json.loads((run / "eval" / name / "metrics.json").read_text())["sources"]
+            for name in ("before", "after")
+        },
+    }
+    (folder / "results").mkdir(exist_ok=True)
+    (folder / "results" / f"{job.key}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run_all(folder: Path, only: str, seeds: Sequence[int], workers: int, before: Sequence[str]) -> None:
+    """Each worker takes the next job whose start is ready; one that fails is told and left."""
+    waiting, running, lock = list(jobs(only, seeds)), set[str](), threading.Lock()
+    cores = sorted(os.sched_getaffinity(0))
+
+    def finished(key: str) -> bool:
+        return (folder / "results" / f"{key}.json").exists()
+
+    def take() -> Job | None:
+        for job in waiting:
+            if not job.case.after or finished(job.start):
+                waiting.remove(job)
+                return job
+        return None
+
+    def work(number: int) -> None:
+        while True:
+            with lock:
+                waiting[:] = [job for job in waiting if not finished(job.key)]
+                job = take()
+                if job is None and not (waiting and running):
+                    return  # what still waits has lost its start
+                if job is not None:
+                    running.add(job.key)
+            if job is None:
+                time.sleep(1)
+                continue
+            try:
+                train(job, folder, cores[-1 - number % len(cores)], before)
+            except subprocess.CalledProcessError as error:
+                print(f"{job.key}: exit status {error.returncode}, see {folder}/logs/{job.key}.txt", flush=True)
+            finally:
+                with lock:
+                    running.discard(job.key)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def results(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """Results by case and seed."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in sorted((folder / "results").glob("*.json")):
+        result = json.loads(path.read_text())
+        found.setdefault(result["case"], {})[result["seed"]] = result
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", default="", help="group of cases")
+    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--before", default="", help="words put before each command, such as 'nice -n 5'")
+    parser.add_argument("--show", action="store_true")
+    options = parser.parse_args()
+    folder = options.folder.absolute()
+    if not options.show:
+        run_all(folder, options.only, options.seeds, options.jobs, shlex.split(options.before))
+    from tests.benchmarks.findings_table import table
+
+    print(table(folder))
+
+
+if __name__ == "__main__":
+    main()
