@@ -157,7 +157,8 @@ def test_feedback_of_both_sources():
     vlm = of_length([3, 6.5, 10], 3)
     first, second, last = (t["feedback"] for t in vlm["turns"])
     words = r.CAPTION_WORDING
-    assert any(first == f"{clause.format(s='3')} bottles are wrong {ask}" for clause in words.scores for ask in words.requests)
+    asked = [f"{clause.format(s='3')} bottles are wrong {ask}" for clause in words.scores for ask in words.requests]
+    assert first in asked
     assert "6.5" in second and last is None
     rule = of_length([0.2, 0.5, 0.8], 3, "rule")
     assert all(t["feedback"] in words.bare_requests for t in rule["turns"][:2]) and rule["turns"][2]["feedback"] is None
