@@ -96,7 +96,7 @@ def test_every_finding_has_its_runs_and_every_run_its_start():
         assert not job.start or job.start in done
         done.add(job.key)
     assert "bccd_sft_0" in done and "bccd_sft_1" not in done
-    started = next(job for job in findings.jobs("bccd", (1,)) if job.name == "bccd_more_sft")
+    started = next(job for job in findings.jobs("bccd", (1,)) if job.name == "bccd_counting_sft")
     command = started.command(findings.ROOT)
     assert command[command.index("--model") + 1] == str(findings.ROOT / "runs" / "bccd_sft_0" / "export")
 

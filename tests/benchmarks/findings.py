@@ -1,7 +1,8 @@
 """Perception-R1's findings on the embedded model: every run that the table needs, several seeds each, against equal-compute SFT.
 
     python -m tests.benchmarks.findings FOLDER                    runs what FOLDER lacks; start it again any time
-    python -m tests.benchmarks.findings FOLDER --only sft         of one group only: bccd, sft, matching, thinking, group, kl
+    python -m tests.benchmarks.findings FOLDER --only sft         one group (bccd, sft, matching, thinking, group, kl), or the
+                                                                  cases whose names begin so
     python -m tests.benchmarks.findings FOLDER --jobs 2           two runs side by side, each on one core
     python -m tests.benchmarks.findings FOLDER --show             the table of what is there, from the runs' own evaluations
 
@@ -43,7 +44,8 @@ TASKS = {
     "ocr": "world:ocr?size=84x84&lines=1-2&words=1-1&font_sizes=14-18&noise=18",
 }
 RL_UPDATES = 60
-BCCD_SFT_UPDATES, BCCD_SFT_RATE = 200, ("--optim.learning_rate", "5e-4")
+VIEWS = "augment=10000"
+BCCD = {"detection": ("configs/bccd/grpo.py", 350), "counting": ("configs/bccd/grpo_counting.py", 180)}
 # SFT updates that take the time of RL_UPDATES on one core, and then some
 SFT_UPDATES = {"grounding": 200, "counting": 200, "detection": 200, "ocr": 200}
 SFT_RATE = "5e-4"
@@ -116,37 +118,30 @@ CASES: dict[str, Case] = {
 
 
 def photographs() -> dict[str, Case]:
-    """Vision and first SFT are run once, the arms that start from them once for each seed."""
+    """Vision and first SFT are run once, the arms that start from them once for each seed, both on the same questions."""
     folder = os.environ.get("BCCD", "../shared/data/bccd")
-    return {
-        "bccd_vision": Case(
-            "bccd", "configs/bccd/vision.py", ("--data.train", cells(folder, "train", "augment=10000")), once=True
-        ),
-        "bccd_sft": Case(
-            "bccd", "configs/bccd/sft.py", photo_flags(folder, "detection", "counting"), "bccd_vision", once=True
-        ),
-        "bccd_more_sft": Case(
-            "bccd",
-            "configs/bccd/sft.py",
-            (*photo_flags(folder, "detection", "counting"), *("--max_steps", str(BCCD_SFT_UPDATES), *BCCD_SFT_RATE)),
-            "bccd_sft",
-        ),
-        **{
-            f"bccd_{task}_rl": Case("bccd", "configs/bccd/grpo.py", photo_flags(folder, task), "bccd_sft")
-            for task in ("detection", "counting")
-        },
+    asked = {
+        "detection": (cells(folder, "train", "task=detection", VIEWS),),
+        "counting": (cells(folder, "train", "task=counting&categories=WBC,Platelets", VIEWS),),
     }
+    both = (*asked["detection"], cells(folder, "train", "task=counting", VIEWS))
+    held_out = ("--data.eval", *(cells(folder, "val", f"task={task}") for task in asked))
+    found = {
+        "bccd_vision": Case(
+            "bccd", "configs/bccd/vision.py", ("--data.train", cells(folder, "train", VIEWS)), once=True
+        ),
+        "bccd_sft": Case("bccd", "configs/bccd/sft.py", ("--data.train", *both, *held_out), "bccd_vision", once=True),
+    }
+    for task, (config, updates) in BCCD.items():
+        data = ("--data.train", *asked[task], "--data.weights", "1", *held_out)
+        more = ("--max_steps", str(updates), "--optim.learning_rate", SFT_RATE)
+        found[f"bccd_{task}_rl"] = Case("bccd", config, data, "bccd_sft")
+        found[f"bccd_{task}_sft"] = Case("bccd", "configs/bccd/sft.py", (*data, *more), "bccd_sft")
+    return found
 
 
 def cells(folder: str, split: str, *options: str) -> str:
     return "&".join((f"coco:{folder}/{split}.json?order=left", *options))
-
-
-def photo_flags(folder: str, *tasks: str) -> tuple[str, ...]:
-    train = [cells(folder, "train", f"task={task}", "augment=10000") for task in tasks]
-    weights = ("2", "1")[: len(tasks)]
-    evaluated = [cells(folder, "val", f"task={task}") for task in ("detection", "counting")]
-    return ("--data.train", *train, "--data.weights", *weights, "--data.eval", *evaluated)
 
 
 # ---------------------------------------------------------------- runs
@@ -186,7 +181,7 @@ def jobs(only: str, seeds: Sequence[int]) -> Iterator[Job]:
     """Seed by seed, so that a table that is not full yet has whole rows; a run after those it starts from."""
     for seed in seeds:
         for name, case in cases().items():
-            if only in ("", case.group) and not (case.once and seed):
+            if (only == case.group or name.startswith(only)) and not (case.once and seed):
                 yield Job(name, seed, case)
 
 
@@ -276,7 +271,7 @@ def results(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default="", help="group of cases")
+    parser.add_argument("--only", default="", help="group of cases, or how their names begin")
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--before", default="", help="words put before each command, such as 'nice -n 5'")

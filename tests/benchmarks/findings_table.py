@@ -56,7 +56,7 @@ def findings() -> list[Finding]:
             "bccd",
             f"{reward} reward, photographs, {task}",
             f"bccd_{reward}_rl",
-            "bccd_more_sft",
+            f"bccd_{reward}_sft",
             f"coco:{task}",
             names,
             1,

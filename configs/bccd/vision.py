@@ -1,0 +1,28 @@
+"""Blood cells, first of three runs: the tower of the embedded model learns to see photographs.
+
+    ./launch/local.sh jaxmllm train configs/bccd/vision.py
+
+Data: BCCD as COCO JSON in ../shared/data/bccd (train.json, val.json, images; another place: --data.train), 205 photographs of
+640 x 480 pixels with 3 classes, shown at 112 x 84. Every picture is seen in other crops and mirrored. Without this run the
+decoder learns nothing: SFT alone, tower and decoder together, stays at the marginal distribution of boxes (1.33 nats a token
+from update 80 to 160); after it the same SFT is at 1.08 by then. About five minutes on one core.
+"""
+
+from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig
+
+config = TrainConfig(
+    name="bccd_vision",
+    method="vision_warmup",
+    model="tiny",
+    trainable=r"vision/.*|embed|warmup/.*",
+    unroll=True,
+    batch_size=16,
+    max_steps=600,
+    data=DataConfig(
+        train=("coco:../shared/data/bccd/train.json?augment=10000",),
+        max_pixels=10_000,
+    ),
+    optim=OptimConfig(learning_rate=1.5e-3, warmup_steps=50, weight_decay=0.01, adam_beta2=0.98),
+    logging_steps=10,
+    save_steps=200,
+)
