@@ -2,8 +2,12 @@
 
     ./launch/local.sh jaxmllm train configs/bccd/grpo_counting.py
 
-Asked about white cells and platelets, whose answers are short; red cells are counted in the evaluation all the same. More SFT on
-the same questions, to compare with:
+Asked about white cells and platelets, whose answers are short: 1.2 s of processor an update, where red cells take 9. What one
+seed did on val (AP of detection, counting accuracy; before, after 60 updates, after the SFT below): AP .073, .014, .003; all
+.388, .505, .486; platelets .022, .511, .400; white cells .919, .988, .988; red cells .036, .000, .012. So both arms forget what
+they are not asked, RL less; and RL gets there by answering one cell nearly always. No recommendation yet.
+
+More SFT on the same questions, to compare with:
 
     ./launch/local.sh jaxmllm train configs/bccd/sft.py --name bccd_counting_sft --model runs/bccd_sft/export \\
         --optim.learning_rate 5e-4 --max_steps 180 --data.weights 1 \\

@@ -2,7 +2,8 @@
 
     ./launch/local.sh jaxmllm train configs/bccd/sft.py
 
-Objects are listed from left to right, a sequence that can be learned. About six minutes on one core.
+Objects are listed from left to right, a sequence that can be learned. About six minutes on one core. One run, on val:
+AP .073, AP50 .137, AP75 .068; counting accuracy .388 (white cells .919, red cells .036, platelets .022: it finds too many).
 """
 
 from jaxmllm.losses.grpo_options import GRPOOptions

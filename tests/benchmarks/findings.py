@@ -11,8 +11,9 @@ with the command, the figures before and after, and the processor time of its up
 
 Worlds: grainy scenes (noise of 18 levels, as in configs/quickstart.py), which the embedded model has not seen. RL: 128 answers an
 update (16 prompts x 8 unless the case says otherwise), rewards alone. SFT: gold answers for the same scenes, four questions a
-picture, with the recipe that trained the embedded model at the better of two rates. Both arms start from the same weights and
-have the tower frozen, and the numbers of updates are such that SFT gets at least the processor time of RL (the table has both).
+picture, with the recipe that trained the embedded model at half its rate. Both arms start from the same weights and
+have the tower frozen, and the numbers of updates are chosen for SFT to get at least the processor time of RL; the table tells
+both.
 
 The photographs (`bccd`) are blood cells in COCO JSON, ../shared/data/bccd unless BCCD names another folder; see configs/bccd.
 """
@@ -46,7 +47,7 @@ TASKS = {
 RL_UPDATES = 60
 VIEWS = "augment=10000"
 BCCD = {"detection": ("configs/bccd/grpo.py", 350), "counting": ("configs/bccd/grpo_counting.py", 180)}
-# SFT updates that take the time of RL_UPDATES on one core, and then some
+# SFT updates meant to take the time of RL_UPDATES and more: a guess from 1.5 s and .5 s an update, until runs have measured it
 SFT_UPDATES = {"grounding": 200, "counting": 200, "detection": 200, "ocr": 200}
 SFT_RATE = "5e-4"
 TOKENS = {"grounding": 32, "counting": 64, "detection": 96, "ocr": 32}  # of the longest answer, and to spare
