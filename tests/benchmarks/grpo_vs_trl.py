@@ -56,21 +56,23 @@ def config(setup: dict):
     )
 
 
+def whole_step(run) -> dict[str, float]:
+    """One GRPO step of `run`: seconds of its parts (`rollout` is all but the update), mean length and mean reward."""
+    from jaxmllm.train.setup import host_scalars
+
+    metrics = host_scalars(run.step(run, next(run.batches)))
+    update, sampling = metrics["seconds/update"], metrics["seconds/sample"]
+    spent = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
+    length, reward = metrics["completions/mean_length"], metrics["reward"]
+    return {"rollout": spent - update, "sampling": sampling, "update": update, "length": length, "reward": reward}
+
+
 def ours(setup: dict) -> None:
-    from jaxmllm.train.setup import build, host_scalars
+    from jaxmllm.train.setup import build
 
     imported = peak_mib()
     run = build(config(setup))
-
-    def step(case: dict) -> dict:
-        batch = next(run.batches)
-        metrics = host_scalars(run.step(run, batch))
-        update = metrics["seconds/update"]
-        spent = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
-        mean_length = metrics["completions/mean_length"]
-        return {"rollout": spent - update, "update": update, "length": mean_length, "reward": metrics["reward"]}
-
-    serve(step, ("jax", "flax"), imported)
+    serve(lambda case: whole_step(run), ("jax", "flax"), imported)
 
 
 # ---------------------------------------------------------------- TRL

@@ -28,32 +28,37 @@ TEMPLATE = (
 )
 
 
-def write_tokenizer(folder: Path) -> None:
-    """The markers under their real ids; the text before them is bytes."""
+def write_tokenizer(folder: Path, text_ids: int = 151643, eos_token: str | None = "<|im_end|>") -> None:
+    """The markers after `text_ids` ids of text (the default gives them their real ids); the text is bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = letters + [f"<{i}>" for i in range(len(letters), 151643)]
+    names = letters + [f"<{i}>" for i in range(len(letters), text_ids)]
     core = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     core.add_special_tokens([AddedToken(marker, special=True, normalized=False) for marker in MARKERS])
     PreTrainedTokenizerFast(
-        tokenizer_object=core, chat_template=TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        tokenizer_object=core, chat_template=TEMPLATE, eos_token=eos_token, pad_token="<|endoftext|>"
     ).save_pretrained(folder)
 
 
-def write_chat(folder: Path, prompts: int, side: int) -> None:
-    """Preprocessor configs of transformers, pictures of noise, and `chat.jsonl` with one question about each."""
-    from PIL import Image
-
-    sizes = dict(patch_size=14, temporal_patch_size=2, merge_size=2, min_pixels=784, max_pixels=side * side)
+def write_preprocessors(folder: Path, sizes: dict[str, int]) -> None:
+    """The preprocessor configs of transformers, for pictures and for videos."""
     for name, kind in (("preprocessor", "image"), ("video_preprocessor", "video")):
         config = sizes | {
             f"{kind}_processor_type": f"Qwen2VL{kind.title()}Processor",
             "processor_class": "Qwen2_5_VLProcessor",
         }
         (folder / f"{name}_config.json").write_text(json.dumps(config))
+
+
+def write_chat(folder: Path, prompts: int, side: int) -> None:
+    """Preprocessor configs, pictures of noise, and `chat.jsonl` with one question about each."""
+    from PIL import Image
+
+    sizes = dict(patch_size=14, temporal_patch_size=2, merge_size=2, min_pixels=784, max_pixels=side * side)
+    write_preprocessors(folder, sizes)
     rng, lines = np.random.default_rng(1), []
     for k in range(prompts):
         noise = Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8))
