@@ -55,7 +55,7 @@ def architecture(name: str, **changes: Any):
 
     if name == "48M":
         text = TextConfig(151936, 256, 704, 8, 4, 2, (8, 12, 12), 1e-6, tie_word_embeddings=True)
-        vision = VisionConfig(8, 160, 4, 432, 256, fullatt_block_indexes=(1, 3, 5, 7))
+        vision = VisionConfig(8, 160, 4, 432, 256, fullatt_block_indexes=(1, 3, 5, 7), tokens_per_second=4)
         cfg = ModelConfig("qwen2_5_vl", vision, text, 151655, 151656, 151652, 151653)
     else:
         path = ROOT / "jaxmllm" / "assets" / "architectures" / f"{name}.json"

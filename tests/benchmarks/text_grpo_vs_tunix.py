@@ -11,8 +11,8 @@ Both sides read one folder in Hugging Face's format, and before anything is time
 same prompts the same mean log-probability. Neither can end a completion early. tunix runs as its documentation shows for one
 host (vanilla rollout, whole batch as one microbatch, jitted), with a cache of just the length, no gradient accumulation and
 no recomputation of activations; ours runs at its defaults. Most of the difference is the prompt, which we encode once for
-its group and tunix once for each completion: it grows with `--prompt_tokens` over `--new_tokens`. `compiles` counts programs compiled in a measured step.
-PEERS is an environment with google-tunix.
+its group and tunix once for each completion: it grows with `--prompt_tokens` over `--new_tokens`. `compiles` counts the
+programs that were compiled in a measured step. PEERS is an environment with google-tunix.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def write(setup: dict) -> None:
     ids = {field: first + MARKERS.index(f"<|{name}|>") for field, name in names.items()}
     text = {"vocab_size": setup["vocabulary"], "num_hidden_layers": setup["layers"]}
     # the tower is never run: as small as the format allows
-    tower = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=1, fullatt_block_indexes=(0,), tokens_per_second=2)
+    tower = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=1, fullatt_block_indexes=(0,))
     cfg = architecture("48M", text=text, vision=tower, **ids)
     hf.save_params(qwen_vl.init(jax.random.key(0), cfg), cfg, folder)
     write_tokenizer(folder, first, eos_token=None)

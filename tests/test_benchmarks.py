@@ -1,0 +1,134 @@
+"""The benchmark scripts at their smallest sizes: what they print and save is what they claim to measure."""
+
+import contextlib
+import io
+import json
+import sys
+
+import pytest
+
+from tests.benchmarks import accelerator, roofline, scaling, side_by_side
+from tests.benchmarks.phases import STEP, Phases, Size, architecture
+
+pytestmark = pytest.mark.usefixtures("one_device")
+SIZE = Size(prompts=1, generations=2, new_tokens=4, side=56, text=8)
+SIZES = [f"--{name}={getattr(SIZE, name)}" for name in Size.__dataclass_fields__]
+PHASES = {*STEP, "sft"}
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    return architecture("48M", dtype="float32", remat="full", **accelerator.TINY)
+
+
+@pytest.fixture(scope="module")
+def phases(cfg):
+    """With the arrays that later phases take from earlier ones."""
+    made = Phases(cfg, SIZE)
+    made.call("encode")
+    made.call("prefill")
+    return made
+
+
+@pytest.fixture(scope="module")
+def accelerated(tmp_path_factory):
+    """(printed, saved) of accelerator.py; transformers' rows have a test of their own."""
+    folder, printed = tmp_path_factory.mktemp("results"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(side_by_side, "RESULTS", folder)
+        patch.setattr(accelerator, "transformers_rows", lambda *_: {})
+        patch.setattr(sys, "argv", ["accelerator", "--model=tiny", "--dtype=float32", "--repeats=2", "--save", *SIZES])
+        accelerator.main()
+    (path,) = folder.iterdir()
+    assert path.name == "accelerator_cpu.json"
+    return printed.getvalue(), json.loads(path.read_text())
+
+
+def test_every_phase_is_timed(accelerated):
+    printed, saved = accelerated
+    assert saved["rows"].keys() == {"data", "reward"} | PHASES
+    for name, row in saved["rows"].items():
+        columns = accelerator.COLUMNS if name in PHASES else ("seconds",)
+        assert row.keys() == set(columns), name
+        # on CPU a program may compile in no time, from the cache
+        assert all(value > 0 for column, value in row.items() if column != "compile"), name
+        assert any(line.startswith(f"{name} ") for line in printed.splitlines())
+    assert "left out for time" not in saved["summary"]
+    assert saved["settings"]["new_tokens"] == SIZE.new_tokens and saved["settings"]["dtype"] == "float32"
+
+
+def test_step_is_the_sum_of_its_phases(accelerated):
+    _, saved = accelerated
+    assert saved["summary"]["step"] == pytest.approx(sum(saved["rows"][name]["seconds"] for name in STEP))
+
+
+def test_mfu_is_flops_over_seconds_and_the_measured_peak(accelerated, phases):
+    _, saved = accelerated
+    peak = saved["summary"]["measured float32 FLOP/s"]
+    completions = SIZE.prompts * SIZE.generations * SIZE.new_tokens
+    for name in PHASES:
+        row = saved["rows"][name]
+        assert row["MFU"] == pytest.approx(row["TFLOP/s"] * 1e12 / peak)
+        assert row["TFLOP/s"] * 1e12 == pytest.approx(phases.flops(name) / row["seconds"])
+        assert row["tokens/s"] == pytest.approx(completions / row["seconds"])
+        assert row["MFU"] < 1
+
+
+def test_flops_of_decoding_are_those_of_its_products(phases):
+    text = phases.cfg.text
+    heads = text.hidden_size * text.head_dim * (2 * text.num_attention_heads + 2 * text.num_key_value_heads)
+    a_layer = heads + 3 * text.hidden_size * text.intermediate_size
+    a_token = 2 * (text.num_hidden_layers * a_layer + text.hidden_size * text.vocab_size)
+    products = a_token * SIZE.generations * (SIZE.new_tokens - 1)
+    assert products < phases.flops("decode") < 1.2 * products  # the rest is attention
+    # forward, forward again and twice as much backward, under full rematerialisation
+    assert 3 < phases.flops("update") / phases.flops("score") < 4.5
+
+
+def test_phases_beyond_the_time_limit_are_named(phases):
+    rows, left = accelerator.measure(phases, repeats=1, limit=-1, peak=1.0)
+    assert rows.keys() == {"data", "reward"} and set(left) == PHASES
+
+
+def test_kernels_of_both_parts(cfg, phases):
+    assert accelerator.kernels(cfg, phases) == {"prompt": "dense", "tower": "dense"}
+
+
+def test_transformers_runs_the_same_sizes(cfg):
+    pytest.importorskip("torch")
+    rows = accelerator.transformers_rows(cfg, SIZE, repeats=1)
+    assert rows.keys() == {"transformers generate", "transformers sft"}
+    assert all(row["seconds"] > 0 and row["memory_gib"] > 0 for row in rows.values())
+
+
+def test_roofline_shares(phases):
+    peak = {"float32 FLOP/s": 1e11, "copy bytes/s": 1e10}
+    rows = roofline.measure(phases, peak, repeats=1)
+    assert list(rows) == list(STEP)
+    for name, row in rows.items():
+        assert row["share of FLOP/s"] == pytest.approx(row["GFLOP/s"] * 1e9 / 1e11)
+        assert row["share of bytes/s"] == pytest.approx(row["GB/s"] * 1e9 / 1e10)
+        assert row["of peak"] == max(row["share of FLOP/s"], row["share of bytes/s"])
+        assert row["GFLOP"] == pytest.approx(phases.flops(name) / 1e9)
+    # one pass over the text's weights for every token after the first
+    assert roofline.least_bytes(phases, "decode") == 3 * roofline.least_bytes(phases, "prefill")
+
+
+@pytest.mark.parametrize("power", [0.5, 1, 2])
+def test_exponent(power):
+    assert scaling.exponent([2, 8, 64], [3 * n**power for n in (2, 8, 64)]) == pytest.approx(power)
+
+
+@pytest.mark.parametrize("axis", list(scaling.AXES))
+def test_scaling_changes_one_thing(axis):
+    """Points of an axis differ in nothing but what it names."""
+    points = [scaling.case(axis, value) for value in scaling.AXES[axis]]
+    fields = {"G": "generations", "prompt": "text", "completion": "new_tokens", "picture": "side"}
+    if axis in fields:
+        assert [getattr(size, fields[axis]) for _, size in points] == list(scaling.AXES[axis])
+        assert len({cfg for cfg, _ in points}) == 1
+    else:
+        name = {"depth": "num_hidden_layers", "vocabulary": "vocab_size"}[axis]
+        assert [getattr(cfg.text, name) for cfg, _ in points] == list(scaling.AXES[axis])
+        assert len({size for _, size in points}) == 1
+        assert all(max(cfg.vision_token_ids) < cfg.text.vocab_size for cfg, _ in points)
