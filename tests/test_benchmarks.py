@@ -5,9 +5,10 @@ import io
 import json
 import sys
 
+import numpy as np
 import pytest
 
-from tests.benchmarks import accelerator, roofline, scaling, side_by_side
+from tests.benchmarks import accelerator, curve_vs_trl, roofline, scaling, side_by_side
 from tests.benchmarks.phases import STEP, Phases, Size, architecture
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -132,3 +133,22 @@ def test_scaling_changes_one_thing(axis):
         assert [getattr(cfg.text, name) for cfg, _ in points] == list(scaling.AXES[axis])
         assert len({size for _, size in points}) == 1
         assert all(max(cfg.vision_token_ids) < cfg.text.vocab_size for cfg, _ in points)
+
+
+def test_windows_are_whole():
+    assert curve_vs_trl.windows([[1, 3, 5, 7, 100], [0, 0, 2, 2, 100]], 2).tolist() == [[2, 6], [0, 2]]
+
+
+def test_curves_differ_only_beyond_their_noise():
+    """Seeds of one distribution are told apart as rarely as promised, a shift of six standard errors nearly always."""
+    rng = np.random.default_rng(0)
+
+    def share(shift: float) -> float:
+        pairs = (rng.normal(size=(2, 3, 4)) for _ in range(400))
+        return float(np.mean([not curve_vs_trl.agreement(a, b + shift)[1] for a, b in pairs]))
+
+    assert share(0) < curve_vs_trl.LEVEL
+    assert share(6 * (2 / 3) ** 0.5) > 0.9
+    rows, agree = curve_vs_trl.agreement(np.array([[1.0, 2], [1, 4]]), np.array([[1.0, 3], [1, 5]]))
+    assert agree and [row["difference"] for row in rows] == [0, -1]
+    assert [row["error"] for row in rows] == [0, 1] and rows[0]["allowed"] == rows[1]["allowed"] > 1
