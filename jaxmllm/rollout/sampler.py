@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmllm.config import ModelConfig
 from jaxmllm.losses.logprobs import Sampling, add_seen, seen_tokens, warp
+from jaxmllm.mesh import ROWS, P, lay_out
 from jaxmllm.model import qwen_vl
 from jaxmllm.types import KVCache, Prompts, Samples
 
@@ -46,6 +47,7 @@ def draw(keys: Key[Array, "R"], x: Float[Array, "R V"]) -> tuple[Int[Array, "R"]
     exponentials gives both the sums of the blocks and the norm; two uniforms a row replace one Gumbel variate an entry.
     """
     rows, vocab = x.shape
+    x = lay_out(x, P(ROWS), x)  # a vocabulary split over devices is gathered here, once
     top = x.max(-1, keepdims=True)
     sums = jnp.pad(jnp.exp(x - top), ((0, 0), (0, -vocab % BLOCK))).reshape(rows, -1, BLOCK).sum(-1)
     u = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
