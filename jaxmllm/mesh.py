@@ -167,10 +167,10 @@ def row_parts(like: Any) -> int:
     return 1 if mesh is None else mesh.shape["replica"] * mesh.shape["fsdp"]
 
 
-def splits_vocabulary(like: Any) -> bool:
-    """Inside a program: whether the mesh that `like` lies on splits the vocabulary."""
+def vocabulary_parts(like: Any) -> int:
+    """Inside a program: into how many parts the mesh that `like` lies on splits the vocabulary."""
     mesh = mesh_of(like)
-    return mesh is not None and mesh.shape["tensor"] > 1
+    return 1 if mesh is None else mesh.shape["tensor"]
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

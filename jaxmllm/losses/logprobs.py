@@ -12,11 +12,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmllm.errors import InputError
-from jaxmllm.mesh import ROWS, P, lay_out, row_parts, splits_vocabulary
+from jaxmllm.mesh import ROWS, P, lay_out, row_parts, vocabulary_parts
 
 MASKED = -1e30  # log-weight of a token that cannot be drawn; finite, so that 0 * MASKED is 0 in the entropy
 CHUNK_ELEMENTS = 1 << 25  # logits held at once on one device: 128 MiB of float32
@@ -73,7 +74,8 @@ def warp(
     if sampling.temperature not in (0.0, 1.0):
         x = x / sampling.temperature
     if sampling.banned:
-        x = x.at[:, jnp.asarray(sampling.banned)].set(MASKED)
+        # not a scatter, for which accelerators copy the logits
+        x = jnp.where(np.isin(np.arange(x.shape[-1]), sampling.banned), MASKED, x)
     if 0 < sampling.top_k < x.shape[-1]:
         order = _ordered_bits(jax.lax.stop_gradient(x))
         x = jnp.where(_largest(order, jnp.ones_like(x), sampling.top_k), x, MASKED)
@@ -144,14 +146,19 @@ def token_logprobs(
     rows = hidden.shape[0]
     sampling = sampling.scored
     penalised = sampling.repetition_penalty != 1.0
-    parts = row_parts(hidden)
+    parts, shares = row_parts(hidden), vocabulary_parts(hidden)
     parts = parts if rows % parts == 0 else 1
+    shares = shares if vocab % shares == 0 else 1
     here = rows // parts  # rows of one device
+    block = vocab // shares if sampling.filters else vocabulary_block(vocab // shares, here * (chunk or length))
+    # Each part of the mesh has its own copy: the gradient is then summed over devices once, not in every chunk. Blocks are rows
+    # of the transposed kernel, which is the embedding itself where it is tied; cut outside of the loops, where that costs no copy.
+    if sampling.filters:
+        weights, split_as = kernel, P(ROWS, None, "tensor")
+    else:
+        weights, split_as = kernel.T.reshape(shares, -1, block, width), P(ROWS, "tensor")
     if parts > 1:
-        # each part of the mesh its own copy: the kernel's gradient is then summed over devices once, not in every chunk
-        kernel = lay_out(jnp.broadcast_to(kernel, (parts, *kernel.shape)), P(ROWS, None, "tensor"), hidden)
-    whole_vocabulary = sampling.filters or parts > 1 or splits_vocabulary(hidden)
-    block = vocab if whole_vocabulary else vocabulary_block(vocab, here * (chunk or length))
+        weights = lay_out(jnp.broadcast_to(weights, (parts, *weights.shape)), split_as, hidden)
     chunk = 1 if penalised else max(1, min(length, chunk or CHUNK_ELEMENTS // max(1, here * block)))
     pad = -length % chunk
 
@@ -162,24 +169,12 @@ def token_logprobs(
     @jax.checkpoint
     def one_chunk(seen, inputs):
         h, target = inputs
-        if block < vocab:
-            outputs = _in_blocks(h.reshape(-1, width), kernel, target.reshape(-1), sampling, block)
-            return seen, tuple(a.reshape(target.shape) for a in outputs)
-        if parts > 1:
-            h = h.reshape(parts, -1, width)
-            logits = jnp.einsum("pnd,pdv->pnv", h, kernel.astype(h.dtype), preferred_element_type=jnp.float32)
-            logits = logits.reshape(-1, vocab)
-        else:
-            logits = jnp.einsum(
-                "nd,dv->nv", h.reshape(-1, width), kernel.astype(h.dtype), preferred_element_type=jnp.float32
-            )
-        x = warp(logits, sampling, seen)
-        norm = jax.nn.logsumexp(x, axis=-1)
-        picked = jnp.take_along_axis(x, target.reshape(-1, 1), axis=-1)[:, 0]
-        entropy = norm - (jnp.exp(x - norm[:, None]) * x).sum(-1)
+        lead = (parts, -1) if parts > 1 else (-1,)
+        h, flat = h.reshape(*lead, width), target.reshape(lead)
+        outputs = _whole(h, weights, flat, sampling, seen) if sampling.filters else _in_blocks(h, weights, flat, sampling)
         if penalised:
             seen = add_seen(seen, target[:, 0])
-        return seen, ((picked - norm).reshape(target.shape), entropy.reshape(target.shape))
+        return seen, tuple(a.reshape(target.shape) for a in outputs)
 
     if penalised and seen is None:
         raise ValueError("a repetition penalty needs `seen`, the tokens of the prompt")
@@ -187,6 +182,22 @@ def token_logprobs(
     _, outputs = jax.lax.scan(one_chunk, seen, (split(hidden), split(targets)))
     logps, entropies = (a.swapaxes(0, 1).reshape(rows, -1)[:, :length].reshape(*lead, length) for a in outputs)
     return logps, entropies
+
+
+def _whole(
+    hidden: Float[Array, "*parts R D"],
+    kernel: Float[Array, "*parts D V"],
+    targets: Int[Array, "*parts R"],
+    sampling: Sampling,
+    seen: Bool[Array, "rows V"] | None,
+) -> tuple[Float[Array, "*parts R"], Float[Array, "*parts R"]]:
+    """Log-probabilities and entropies of any distribution, over the whole vocabulary at once."""
+    logits = jnp.einsum("...rd,...dv->...rv", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    x = warp(logits.reshape(-1, kernel.shape[-1]), sampling, seen)
+    norm = jax.nn.logsumexp(x, axis=-1)
+    picked = jnp.take_along_axis(x, targets.reshape(-1, 1), axis=-1)[:, 0]
+    entropy = norm - (jnp.exp(x - norm[:, None]) * x).sum(-1)
+    return (picked - norm).reshape(targets.shape), entropy.reshape(targets.shape)
 
 
 def vocabulary_block(vocab: int, tokens: int) -> int:
@@ -199,32 +210,64 @@ def vocabulary_block(vocab: int, tokens: int) -> int:
 
 
 def _in_blocks(
-    hidden: Float[Array, "R D"], kernel: Float[Array, "D V"], targets: Int[Array, "R"], sampling: Sampling, block: int
-) -> tuple[Float[Array, "R"], Float[Array, "R"]]:
-    """Log-probabilities and entropies of a distribution without filters, one pass over blocks of the vocabulary."""
-    # of a tied embedding this is the embedding itself: blocks are its rows, and so are those of its gradient
-    table = kernel.T.reshape(-1, block, kernel.shape[0])
+    hidden: Float[Array, "*parts R D"],
+    table: Float[Array, "*parts shares blocks block D"],
+    targets: Int[Array, "*parts R"],
+    sampling: Sampling,
+) -> tuple[Float[Array, "*parts R"], Float[Array, "*parts R"]]:
+    """Log-probabilities and entropies of a distribution without filters, one pass over blocks of the vocabulary.
+
+    Each of `shares` equal parts of the vocabulary, which may lie on other devices, is summed for itself until the end.
+    """
+    shares, blocks, block = table.shape[-4:-1]
+    firsts = jnp.arange(0, shares * blocks * block, block).reshape(shares, blocks)
+    of_share = functools.partial(_share_sums, sampling=sampling)
+    if shares > 1:
+        of_share = jax.vmap(of_share, in_axes=(None, 0, 0, None))
+    else:  # no axis of size 1: a processor's products are slower with one
+        table, firsts = table.reshape(*table.shape[:-4], *table.shape[-3:]), firsts[0]
+    of_part = jax.vmap(of_share, in_axes=(0, 0, None, 0)) if hidden.ndim > 2 else of_share
+    sums = of_part(hidden, table, firsts, targets)
+    if shares > 1:
+        tops = jax.lax.stop_gradient(sums[0])  # [*parts, shares, R]
+        top = tops.max(-2)
+        shrink = jnp.exp(tops - top[..., None, :])
+        total, weighted, picked = (sums[1] * shrink).sum(-2), (sums[2] * shrink).sum(-2), sums[3].sum(-2)
+    else:
+        top, total, weighted, picked = sums
+    norm = top + jnp.log(total)
+    return picked - norm, norm - weighted / total
+
+
+def _share_sums(
+    hidden: Float[Array, "R D"],
+    table: Float[Array, "blocks block D"],
+    firsts: Int[Array, "blocks"],
+    targets: Int[Array, "R"],
+    sampling: Sampling,
+) -> tuple[Float[Array, "R"], ...]:
+    """Largest logit (without gradient), then sums of exp(x - it), of x times that, and of x where it is the target's.
+
+    `firsts`: the token of each block's first row.
+    """
     banned = jnp.asarray(sampling.banned, jnp.int32)
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("top"))
     def add(carry, inputs):
         top, total, weighted, picked = carry
         first, rows = inputs
+        here = first + jnp.arange(rows.shape[0])
         x = jnp.einsum("rd,vd->rv", hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        ids = first + jnp.arange(block)
         if sampling.temperature != 1:
             x = x / sampling.temperature
         if sampling.banned:
-            x = jnp.where((ids[:, None] == banned).any(-1), MASKED, x)
+            x = jnp.where((here[:, None] == banned).any(-1), MASKED, x)
         new_top = checkpoint_name(jnp.maximum(top, jax.lax.stop_gradient(x).max(-1)), "top")
         weight, shrink = jnp.exp(x - new_top[:, None]), jnp.exp(top - new_top)
         total = total * shrink + weight.sum(-1)
         weighted = weighted * shrink + (weight * x).sum(-1)
-        picked = picked + jnp.where(ids == targets[:, None], x, 0).sum(-1)
+        picked = picked + jnp.where(here == targets[:, None], x, 0).sum(-1)
         return (new_top, total, weighted, picked), None
 
     zero = jnp.zeros(hidden.shape[0], jnp.float32)
-    starts = jnp.arange(0, kernel.shape[1], block)
-    (top, total, weighted, picked), _ = jax.lax.scan(add, (zero + MASKED, zero, zero, zero), (starts, table))
-    norm = top + jnp.log(total)
-    return picked - norm, norm - weighted / total
+    return jax.lax.scan(add, (zero + MASKED, zero, zero, zero), (firsts, table))[0]
