@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmllm.mesh import make_mesh
+from jaxmllm.mesh import make_mesh, shard_batch
 from jaxmllm.model import attention
 
 B, G, S, T, N, K, H = 2, 3, 7, 4, 4, 2, 6
@@ -131,8 +131,8 @@ def test_bfloat16_keeps_its_dtype_and_sums_in_float32():
         ("gpu", 1000, 128, "float32", "dense"),  # cuDNN has no float32 attention
         ("gpu", 1000, 256, "bfloat16", "dense"),
         ("tpu", 1024, 128, "bfloat16", "splash"),
-        ("tpu", 1000, 128, "bfloat16", "dense"),  # not a multiple of its blocks
-        ("tpu", 1024, 80, "bfloat16", "dense"),  # the tower's heads
+        ("tpu", 1000, 80, "float32", "splash"),  # padded
+        ("tpu", 127, 128, "bfloat16", "dense"),  # less than a block
     ],
 )
 def test_kernel_by_backend_and_shape(monkeypatch, backend, length, width, dtype, kernel):
@@ -148,8 +148,8 @@ def interpreted(monkeypatch):
     """The TPU kernel, interpreted on the CPU."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-    real = splash.make_splash_mha_single_device
-    monkeypatch.setattr(splash, "make_splash_mha_single_device", lambda *a, **k: real(*a, **k, interpret=True))
+    real = splash.make_splash_mqa_single_device
+    monkeypatch.setattr(splash, "make_splash_mqa_single_device", lambda *a, **k: real(*a, **k, interpret=True))
 
 
 def splash_inputs(rows, kv_heads):
@@ -179,17 +179,41 @@ def test_splash_equals_dense():
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("prompt", "own", "heads", "width"), [(256, 128, (2, 1), 128), (130, 61, (4, 2), 80)])
+def test_splash_over_prompt_and_completions(prompt, own, heads, width):
+    """All three blocks in one kernel: values and gradients of real tokens, with padding, lengths and heads of odd sizes."""
+    groups, (n, kv) = 2, heads
+    x = prompt + groups * own
+    q, k, v, weight = random((2, x, n, width), (2, x, kv, width), (2, x, kv, width), (2, x, n, width))
+    lengths = np.array([prompt, prompt - 29], np.int32)
+    real = (np.arange(x) < lengths[:, None]) | (np.arange(x) >= prompt)
+    weight *= real[..., None, None]
+
+    def run(kernel):
+        def loss(q, k, v):
+            out = attention.shared(q, k, v, lengths, prompt, groups, kernel)
+            return jnp.sum(out * weight), out
+
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return (out * real[..., None, None], *grads)
+
+    for a, b in zip(run("splash"), run("dense"), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_splash_on_a_mesh(kv_heads):
     """Rows and, where they divide, heads are split over the devices: the compiler could not do it."""
-    q, k, v, valid = splash_inputs(4, kv_heads)
-    with jax.set_mesh(make_mesh(replica=2, fsdp=2, tensor=2)):
-        got = jax.jit(attention.causal, static_argnums=3)(q, k, v, "splash")
-    np.testing.assert_allclose(got, attention.causal(q, k, v, "dense"), atol=2e-5)
+    q, k, v, _ = splash_inputs(4, kv_heads)
+    mesh = make_mesh(replica=2, fsdp=2, tensor=2)
+    lengths = np.full(4, 64, np.int32)
 
+    def run(q, k, v, lengths, kernel):
+        def layer(q, _):
+            return attention.shared(q, k, v, lengths, 64, 2, kernel), None
 
-def test_splash_needs_a_mesh_on_several_devices(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert attention.choose_kernel("auto", 1024, 128, jnp.bfloat16) == "dense"
-    with jax.set_mesh(make_mesh()):
-        assert attention.choose_kernel("auto", 1024, 128, jnp.bfloat16) == "splash"
+        return jax.lax.scan(layer, q, None, length=2)[0]
+
+    got = jax.jit(run, static_argnums=4)(*shard_batch((q, k, v, lengths), mesh), "splash")
+    np.testing.assert_allclose(got, run(q, k, v, lengths, "dense"), atol=2e-5)

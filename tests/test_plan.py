@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,7 +19,7 @@ from jaxmllm.losses.grpo_options import GRPOOptions
 from jaxmllm.losses.logprobs import Sampling
 from jaxmllm.mesh import make_mesh
 from jaxmllm.meshes import CPU, H100, V5E, MeshTarget, load_mesh, same_devices
-from jaxmllm.model import hf
+from jaxmllm.model import attention, hf
 from jaxmllm.plan import advise, architecture, hlo, plan, report
 from jaxmllm.plan.flops import count
 from jaxmllm.plan.hlo import Message
@@ -103,6 +104,41 @@ def test_the_model_by_formula():
         lambda p, x, c: score(p, cfg, x, c, Sampling()), hf.abstract_params(cfg), prompts, completions, chosen=0.5
     )
     assert flops == pytest.approx(expected, rel=1e-6)
+
+
+def test_fused_attention_by_the_body_of_its_kernels():
+    """The products of one block of scores, as the kernels' own programs have them, times the blocks that hold a visible pair."""
+    b, x, n, heads, width, prompt, groups = 2, 2048, 4, 2, 128, 1024, 4
+    q, k = (jax.ShapeDtypeStruct((b, x, m, width), jnp.bfloat16) for m in (n, heads))
+
+    def loss(q, k, v):
+        out = attention.shared(q, k, v, jnp.full(b, prompt), prompt, groups, "splash")
+        return jnp.sum(out.astype(jnp.float32))
+
+    grad = jax.grad(loss, (0, 1, 2))
+    own = (x - prompt) // groups
+    place = np.arange(x)
+    run = np.where(place < prompt, 0, 1 + (place - prompt) // own)
+    seen = (place[:, None] >= place) & ((run == 0) | (run[:, None] == run))
+    visible = seen.reshape(4, 512, 4, 512).any((1, 3)).sum()
+
+    def products(jaxpr):
+        for one in jaxpr.eqns:
+            if one.primitive.name == "pallas_call":
+                yield sum(map(dots, jaxprs_in_params(one.params)))
+            else:
+                for inner in jaxprs_in_params(one.params):
+                    yield from products(inner)
+
+    def dots(jaxpr):
+        return sum(one.primitive.name == "dot_general" for one in jaxpr.eqns) + sum(
+            dots(inner) for one in jaxpr.eqns for inner in jaxprs_in_params(one.params)
+        )
+
+    per_block = list(products(jax.make_jaxpr(grad)(q, k, k).jaxpr))
+    assert len(per_block) == 3  # forward, gradient of queries, gradient of keys and values
+    expected = int(sum(per_block) * visible) * 2 * 512 * 512 * width * b * n
+    assert count(grad, q, k, k) == pytest.approx(expected, rel=1e-3)  # and a sum over the heads' width
 
 
 # ---------------------------------------------------------------- the compiled program

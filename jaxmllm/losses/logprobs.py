@@ -151,8 +151,8 @@ def token_logprobs(
     shares = shares if vocab % shares == 0 else 1
     here = rows // parts  # rows of one device
     block = vocab // shares if sampling.filters else vocabulary_block(vocab // shares, here * (chunk or length))
-    # Each part of the mesh has its own copy: the gradient is then summed over devices once, not in every chunk. Blocks are rows
-    # of the transposed kernel, which is the embedding itself where it is tied; cut outside of the loops, where that costs no copy.
+    # Each part of the mesh has its own copy: the gradient is then summed over devices once, not in every chunk. Blocks are
+    # rows of the transposed kernel, the embedding itself where it is tied; cut outside of the loops, where it costs no copy.
     if sampling.filters:
         weights, split_as = kernel, P(ROWS, None, "tensor")
     else:

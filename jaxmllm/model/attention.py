@@ -8,31 +8,28 @@ completion g attends to its prompt and causally to itself:
     c0          ##     \\                decode  : one query a completion, against the cache
     c1          ##           \\
 
-The completion part is two score blocks with one softmax; the prompt's keys are never repeated G times.
-The causal prompt block and the tower's full-frame block may use a fused kernel (`kernel`), everything else is dense.
+The completion part is two score blocks with one softmax; the prompt's keys are never repeated G times. Fused kernels
+(`kernel`): on TPU one for all three blocks and for the tower's full frames, on GPU for the prompt's block and full frames.
+Everything else is dense.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+BACKENDS = {"gpu": "cudnn", "tpu": "splash"}  # the fused kernel of each
 MASKED = -1e30  # finite, so that a fully masked row gives a finite (unused) output instead of NaN
 
 
 def choose_kernel(kernel: str, length: int, head_dim: int, dtype) -> str:
     """Which implementation attends over `length` tokens: `kernel`, or by backend for `auto`; dense where it does not fit."""
     if kernel == "auto":
-        kernel = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "dense")
-        if kernel == "splash" and jax.device_count() > 1 and jax.sharding.get_abstract_mesh().empty:
-            kernel = "dense"  # it runs on several devices only where `jax.set_mesh` names them
+        kernel = BACKENDS.get(jax.default_backend(), "dense")
     fits = {
         "dense": True,
         "cudnn": dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128,
-        "splash": length % 128 == 0 and head_dim % 64 == 0,
+        "splash": length >= 128,  # a block; shorter ones are mostly padding
     }
     return kernel if fits[kernel] else "dense"
 
@@ -81,7 +78,7 @@ def causal(
     if kernel == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     if kernel == "splash":
-        return _splash(q, k, v, jnp.ones(q.shape[:2], jnp.int32), is_causal=True)
+        return _splash(q, k, v, jnp.ones(q.shape[:2], bool), prompt=q.shape[1])
     return dense(q, k, v, causal_mask(q.shape[1]))
 
 
@@ -98,8 +95,32 @@ def full(
         mask = jnp.broadcast_to(valid[:, None, None, :], (q.shape[0], 1, q.shape[1], q.shape[1]))
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     if kernel == "splash":
-        return _splash(q, k, v, valid.astype(jnp.int32), is_causal=False)
+        return _splash(q, k, v, valid)
     return dense(q, k, v, valid[:, None, :])
+
+
+def shared(
+    q: Float[Array, "B X N H"],
+    k: Float[Array, "B X K H"],
+    v: Float[Array, "B X K H"],
+    prompt_lengths: Int[Array, "B"],
+    prompt: int,
+    groups: int,
+    kernel: str = "auto",
+) -> Float[Array, "B X N H"]:
+    """A whole sequence: the prompt's causal self-attention and, behind its `prompt` tokens, `groups` completions."""
+    if groups == 0:
+        return causal(q, k, v, kernel)
+    b, x = q.shape[:2]
+    own = (x - prompt) // groups
+    if choose_kernel(kernel, x, q.shape[-1], q.dtype) == "splash":
+        place = jnp.arange(x)
+        valid = (place < prompt_lengths[:, None]) | (place >= prompt)
+        return _splash(q, k, v, valid, prompt=prompt, own=own)
+    first = causal(q[:, :prompt], k[:, :prompt], v[:, :prompt], kernel)
+    rest = (a[:, prompt:].reshape(b, groups, own, *a.shape[2:]) for a in (q, k, v))
+    out = completion(*rest, causal_mask(own)[None], k[:, :prompt], v[:, :prompt], prompt_lengths)
+    return jnp.concatenate([first, out.reshape(b, -1, *out.shape[3:])], axis=1)
 
 
 def completion(
@@ -138,44 +159,7 @@ def completion(
     return out.reshape(b, heads, g, n // heads, t, h).transpose(0, 2, 4, 1, 3, 5).reshape(q.shape)
 
 
-def _splash(
-    q: Float[Array, "B X N H"],
-    k: Float[Array, "B X K H"],
-    v: Float[Array, "B X K H"],
-    segments: Int[Array, "B X"],
-    is_causal: bool,
-) -> Float[Array, "B X N H"]:
-    """TPU splash attention; tokens with different segment ids do not see each other.
+def _splash(*arrays, **visible):
+    from jaxmllm.model import splash  # Pallas's TPU part: a second to import, and not everywhere there
 
-    The compiler cannot partition the kernel, so on several devices each runs it on its own rows and heads; the mesh is the
-    one of `jax.set_mesh`.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return _splash_local(q, k, v, segments, is_causal)
-    heads = "tensor" if k.shape[2] % mesh.shape["tensor"] == 0 else None
-    rows = P(("replica", "fsdp"), None)
-    array = P(*rows, heads, None)
-    local = functools.partial(_splash_local, is_causal=is_causal)
-    # check_vma: the kernel's outputs carry no annotation of what they vary over
-    mapped = jax.shard_map(local, in_specs=(array, array, array, rows), out_specs=array, check_vma=False)
-    return mapped(q, k, v, segments)
-
-
-def _splash_local(q, k, v, segments, is_causal: bool):
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    repeat = q.shape[2] // k.shape[2]
-    k, v = jnp.repeat(k, repeat, axis=2), jnp.repeat(v, repeat, axis=2)
-    q, k, v = (a.transpose(0, 2, 1, 3) for a in (q * q.shape[-1] ** -0.5, k, v))
-    heads, length = q.shape[1:3]
-    one = masks.CausalMask((length, length)) if is_causal else masks.FullMask((length, length))
-    block = next(size for size in (512, 256, 128) if length % size == 0)
-    sizes = splash.BlockSizes(
-        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
-    )
-    # built anew in every trace: it holds arrays that belong to the trace
-    kernel = splash.make_splash_mha_single_device(masks.MultiHeadMask([one] * heads), block_sizes=sizes)
-    out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash.SegmentIds(ids, ids)))(q, k, v, segments)
-    return out.transpose(0, 2, 1, 3)
+    return splash.attend(*arrays, **visible)

@@ -18,7 +18,7 @@ class Shared(struct.PyTreeNode):
     cos: Float[Array, "B X half"]
     sin: Float[Array, "B X half"]
     prompt_lengths: Int[Array, "B"]
-    mask: Bool[Array, "1 1 T U"] | None = None  # which own keys a completion's query sees
+    mask: Bool[Array, "1 1 1 U"] | None = None  # decode: which own keys a completion's query sees
     step: Int[Array, ""] | None = None  # decode: index of the token being written
 
 
@@ -46,29 +46,23 @@ class Attention(nn.Module):
         v = Linear((text.num_key_value_heads * h,), name="v_proj")(x).reshape(b, n, -1, h)
         q, k = rotate(q, shared.cos, shared.sin), rotate(k, shared.cos, shared.sin)
 
-        def grouped(a):
-            return a.reshape(b, self.groups, -1, *a.shape[2:])
-
-        parts, kept = [], None
+        kept = None
         if cache is None:
             s = self.prompt_len
-            parts.append(attention.causal(q[:, :s], k[:, :s], v[:, :s], self.cfg.attention))
-            prompt_kv, kept = (k[:, :s], v[:, :s]), (k[:, :s], v[:, :s])
-            own = (k[:, s:], v[:, s:])
-            q = q[:, s:]
+            out = attention.shared(q, k, v, shared.prompt_lengths, s, self.groups, self.cfg.attention)
+            kept = (k[:, :s], v[:, :s])
         else:
+
+            def grouped(a):
+                return a.reshape(b, self.groups, -1, *a.shape[2:])
+
             # written in place: the whole cache is the scan's carry, never its output
             def write(all_layers, new):
                 return jax.lax.dynamic_update_slice(all_layers, grouped(new)[None], (layer, 0, 0, shared.step, 0, 0))
 
             cache = write(cache[0], k), write(cache[1], v)
-            own = tuple(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
-        if self.groups:
-            if cache is None:
-                own = (grouped(own[0]), grouped(own[1]))
+            own = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
             out = attention.completion(grouped(q), *own, shared.mask, *prompt_kv, shared.prompt_lengths)
-            parts.append(out.reshape(b, -1, heads, h))
-        out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
         return Linear((d,), use_bias=False, gain=RESIDUAL_GAIN, name="o_proj")(out.reshape(b, n, -1)), cache, kept
 
 
@@ -111,11 +105,7 @@ class Decoder(nn.Module):
     ):
         text = self.cfg.text
         cos, sin = rope(positions, self.cfg)
-        if step is not None:
-            mask = (jnp.arange(cache[0].shape[3]) <= step)[None, None, None]
-        else:
-            length = (x.shape[1] - self.prompt_len) // self.groups if self.groups else 0
-            mask = attention.causal_mask(length)[None] if length else None
+        mask = None if step is None else (jnp.arange(cache[0].shape[3]) <= step)[None, None, None]
         shared = Shared(cos, sin, shared_lengths, mask, step)
         layers = stack(
             Block,

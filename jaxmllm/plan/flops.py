@@ -5,11 +5,22 @@ runs, and a rematerialised block counts again where the backward pass runs it ag
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.extend.core import jaxprs_in_params
+
+BLOCKS = re.compile(r"splash_(\d+)_blocks_of_(\d+)")  # a name scope of jaxmllm.model.splash
+BLOCK_PRODUCTS = {"splash_mqa_fwd": 2, "splash_mqa_dq": 3, "splash_mqa_dkv": 4}  # of one block of scores in each kernel
+
+
+def kernel_blocks(kernel: str, scopes: str) -> tuple[int, int, int]:
+    """Of a fused attention kernel: blocks of scores that it computes, their side, products of each; (0, 0, 0) of another."""
+    products = next((n for name, n in BLOCK_PRODUCTS.items() if kernel.startswith(name)), 0)
+    found = BLOCKS.search(scopes)
+    return (int(found[1]), int(found[2]), products) if products and found else (0, 0, 0)
 
 
 def count(function: Callable[..., Any], *arguments: Any, steps: int = 1, chosen: float = 1.0) -> float:
@@ -22,12 +33,18 @@ def count(function: Callable[..., Any], *arguments: Any, steps: int = 1, chosen:
     return _total(jax.make_jaxpr(function)(*arguments).jaxpr, steps, chosen)
 
 
-def _total(jaxpr: Any, steps: int, chosen: float) -> float:
-    return sum(_equation(equation, steps, chosen) for equation in jaxpr.eqns)
+def _total(jaxpr: Any, steps: int, chosen: float, scopes: str = "") -> float:
+    """`scopes`: names around the jaxpr, which its own equations do not repeat."""
+    return sum(_equation(equation, steps, chosen, scopes) for equation in jaxpr.eqns)
 
 
-def _equation(equation: Any, steps: int, chosen: float) -> float:
+def _equation(equation: Any, steps: int, chosen: float, scopes: str) -> float:
     name, options = equation.primitive.name, equation.params
+    scopes = f"{scopes}/{equation.source_info.name_stack}"
+
+    def inside(jaxpr: Any) -> float:
+        return _total(jaxpr, steps, chosen, scopes)
+
     if name == "dot_general":
         (contracted, _), _ = options["dimension_numbers"]
         left = equation.invars[0].aval.shape
@@ -35,10 +52,18 @@ def _equation(equation: Any, steps: int, chosen: float) -> float:
     if name == "conv_general_dilated":
         raise NotImplementedError("convolutions are not counted; the models have none")
     if name == "scan":
-        return options["length"] * _total(options["jaxpr"].jaxpr, steps, chosen)
+        return options["length"] * inside(options["jaxpr"].jaxpr)
     if name == "while":
-        return steps * _total(options["body_jaxpr"].jaxpr, steps, chosen)
+        return steps * inside(options["body_jaxpr"].jaxpr)
     if name == "cond":
-        branches = [_total(branch.jaxpr, steps, chosen) for branch in options["branches"]]
+        branches = [inside(branch.jaxpr) for branch in options["branches"]]
         return (1 - chosen) * branches[0] + chosen * branches[-1]
-    return sum(_total(inner, steps, chosen) for inner in jaxprs_in_params(options))
+    if name == "shard_map":  # its body is one device's
+        return options["mesh"].size * inside(options["jaxpr"])
+    if name == "pallas_call":
+        blocks, side, products = kernel_blocks(str(options["name"]), scopes)
+        if not blocks:
+            raise NotImplementedError(f"the kernel {options['name']} is not counted")
+        width = max((v.aval.shape for v in equation.outvars), key=math.prod)[-1]
+        return 2.0 * products * blocks * side * side * width
+    return sum(map(inside, jaxprs_in_params(options)))

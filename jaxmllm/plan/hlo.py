@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from jaxmllm.plan.flops import kernel_blocks
+
 BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
     "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
@@ -98,6 +100,7 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     """Computations by name, each its instructions by name, and the name of the entry."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
+    text = re.sub(r'\{\n(?=")|(?<=")\n(?=\})', lambda found: found[0].strip(), text)  # a kernel's notes span lines
     for line in text.splitlines():
         if header := HEADER.match(line):
             current = computations.setdefault(header[1], {})
@@ -152,6 +155,8 @@ class Program:
             cost.add(Cost(self._products(one.called()[0]), self._fused_bytes(one, scope)))
         elif not code.endswith("-done") and code not in FREE:
             cost.add(Cost(_product(one, scope), _bytes(one, scope)))
+            if code == "custom-call":
+                cost.add(_kernel(one))
 
     def _branches(self, one: Instruction) -> tuple[str, str]:
         if listed := re.search(r"branch_computations=\{([^}]*)\}", one.rest):
@@ -249,6 +254,15 @@ def _bytes(one: Instruction, scope: dict[str, Instruction]) -> float:
     if one.opcode in PARTS:
         read = min(read, _size(one.shape, False))
     return read + _size(one.shape)
+
+
+def _kernel(one: Instruction) -> Cost:
+    """Of a fused attention kernel, besides reading its operands once: every block of scores reads two blocks of tokens."""
+    name = re.search(r'op_name="([^"]*)"', one.rest)
+    blocks, side, products = kernel_blocks(one.name, name[1] if name else "")
+    kind, dims, _ = max(ARRAY.findall(one.shape), key=lambda part: _size(f"{part[0]}[{part[1]}]"))
+    width = int(dims.rpartition(",")[2] or 1)
+    return Cost(2.0 * products * blocks * side * side * width, 2.0 * blocks * side * width * BYTES.get(kind, 1))
 
 
 def _elements(shape: str) -> list[str]:

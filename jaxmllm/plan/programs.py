@@ -105,7 +105,13 @@ class Programs:
 
     def __init__(self, config: TrainConfig, cfg: ModelConfig, sizes: Sizes, train: Mesh, sample: Mesh):
         self.config, self.sizes, self.train, self.sample_mesh = config, sizes, train, sample
-        self.cfg = dataclasses.replace(cfg, dtype=config.dtype, remat=config.remat, unroll=config.unroll)
+        # of a machine that is not here: cuDNN cannot compile its kernels without the GPU
+        platform, kernel = train.devices.flat[0].platform, cfg.attention
+        if kernel == "auto" and platform != jax.default_backend():
+            kernel = "splash" if platform == "tpu" else "dense"
+        self.cfg = dataclasses.replace(
+            cfg, dtype=config.dtype, remat=config.remat, unroll=config.unroll, attention=kernel
+        )
         if config.method == "vision_warmup":
             raise InputError("method 'vision_warmup': there is no plan for it, it trains small towers")
         if config.method == "dpo":

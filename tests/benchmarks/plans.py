@@ -21,18 +21,15 @@ PHASES = ("update", "relayout,prefill,decode", "score")  # each a process of its
 # (size, mesh): prompts a rollout; two microbatches each, with one or two prompts a device
 CASES = {
     ("3B", "v5e_16"): 32,
-    ("3B", "h100_8"): 16,
     ("7B", "v5e_64"): 128,
-    ("7B", "h100_8"): 16,
-    ("32B", "h100_8x4"): 64,
     ("32B", "v5e_256"): 128,
     ("72B", "v5p_64"): 128,
-    ("3B", "v6e_16"): 32,
-    ("7B", "v6e_16"): 32,
-    ("7B", "v5p_64"): 128,
-    ("32B", "v5p_64"): 128,
-    ("7B", "h100_8x4"): 64,
+    ("3B", "h100_8"): 16,
+    ("7B", "h100_8"): 16,
+    ("32B", "h100_8x4"): 64,
     ("72B", "v5e_256"): 128,
+    ("7B", "v6e_16"): 32,
+    ("32B", "v5p_64"): 128,
     ("72B", "v6e_256"): 256,
 }
 
