@@ -105,6 +105,35 @@ def test_causal_prompt():
         np.testing.assert_allclose(got[b], attend(q[b], k[b], v[b], np.tri(S, dtype=bool)), atol=2e-6)
 
 
+def test_few_queries_at_a_time(monkeypatch):
+    """Values and gradients as with all scores at once."""
+    q, k, v = random((B, 192, N, H), (B, 192, K, H), (B, 192, K, H))
+    valid = np.arange(192) < np.array([[192], [50]])
+    same = random((B, 192, N, H))[0]
+
+    def run():
+        def loss(q, k, v):
+            out = attention.causal(q, k, v), attention.full(q, same, v.repeat(2, axis=2), valid)
+            return sum(jnp.sum(jnp.sin(a)) for a in out), out
+
+        grads, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return *grads, *out
+
+    whole = run()
+    monkeypatch.setattr(attention, "SCORES", 100 * B * N * 192)
+    assert attention.queries_at_once(192, B * N * 192) == 96
+    for a, b in zip(run(), whole, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("queries", "limit", "expected"), [(1024, 1 << 21, 256), (1024, 1 << 40, 1024), (1024, 1, 64), (131, 1, 131)]
+)
+def test_queries_at_once(monkeypatch, queries, limit, expected):
+    monkeypatch.setattr(attention, "SCORES", limit)
+    assert attention.queries_at_once(queries, 8 * 1024) == expected
+
+
 def test_full_attention_skips_padding():
     q, k, v = random((B, S, N, H), (B, S, N, H), (B, S, N, H))
     valid = np.array([[1, 1, 0, 1, 0, 0, 1], [0] * 7], bool)  # holes as in a window at the edge; a row of padding

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 BACKENDS = {"gpu": "cudnn", "tpu": "splash"}  # the fused kernel of each
+SCORES = 1 << 21  # taken at once by dense attention: 8 MiB
 MASKED = -1e30  # finite, so that a fully masked row gives a finite (unused) output instead of NaN
 
 
@@ -55,15 +56,44 @@ def dense(
     v: Float[Array, "B Y K H"],
     mask: Bool[Array, "#B #X Y"] | None = None,
 ) -> Float[Array, "B X N H"]:
-    """Plain attention with a float32 softmax; `mask` is True where a query may look."""
+    """Plain attention with a float32 softmax; `mask` is True where a query may look.
+
+    Many scores are taken some queries at a time, and again in the backward pass: they then stay in a processor's cache.
+    """
+    b, x, n, _ = q.shape
+    some = queries_at_once(x, b * n * k.shape[1])
+    if some == x:
+        return _dense(q, k, v, mask)
+
+    def cut(a):
+        return a.reshape(a.shape[0], -1, some, *a.shape[2:]).swapaxes(0, 1)
+
+    def part(_, inputs):
+        queries, rows = inputs
+        return None, _dense(queries, k, v, mask if rows is None else rows)
+
+    rows = cut(mask) if mask is not None and mask.shape[1] == x else None
+    _, out = jax.lax.scan(jax.checkpoint(part), None, (cut(q), rows))
+    return out.swapaxes(0, 1).reshape(q.shape)
+
+
+def queries_at_once(queries: int, scores: int) -> int:
+    """The largest divisor of `queries`, of at least 64, with at most SCORES scores, each query having `scores`; or all."""
+    sizes = [n for n in range(64, queries) if queries % n == 0]
+    few = [n for n in sizes if n * scores <= SCORES]
+    return queries if queries * scores <= SCORES or not sizes else max(few, default=sizes[0])
+
+
+def _dense(q, k, v, mask):
     x, heads = q.shape[1], k.shape[2]
     queries, k, v = _heads_first(q, heads), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     scores = _scores(queries, k, q.shape[-1] ** -0.5)
     if mask is not None:
         grouped = scores.reshape(*scores.shape[:2], -1, x, scores.shape[-1])
         scores = jnp.where(mask[:, None, None], grouped, MASKED).reshape(scores.shape)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return _heads_last(weights @ v, x)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    out = weights.astype(v.dtype) @ v / weights.sum(-1, keepdims=True)
+    return _heads_last(out.astype(q.dtype), x)
 
 
 def causal_mask(length: int) -> Bool[Array, "1 X X"]:
