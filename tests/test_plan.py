@@ -227,6 +227,19 @@ def test_the_text_of_a_tpu_program():
     assert read.cost.bytes == 36 * (2 * 4 * 128 * 2 + 2 * gathered.size)
 
 
+@pytest.mark.parametrize(("step", "turns"), [(1, 36), (2, 18), (5, 8)])
+def test_a_counter_that_steps(step, turns):
+    """What the compiler overlaps with messages it unrolls by two: the counter then steps by two."""
+    last = "ROOT %tuple.1 = (s32[]{:T(128)}, bf16[4,128]{1,0:T(4,128)(2,1)}) tuple(%get-tuple-element.3,"
+    assert last in TPU
+    counted = f"""%constant.7 = s32[]{{:T(128)}} constant({step})
+  %add.1 = s32[]{{:T(128)}} add(%get-tuple-element.3, %constant.7)
+  {last.replace("%get-tuple-element.3", "%add.1")}"""
+    cost = hlo.Program(TPU.replace(last, counted)).cost
+    assert cost.flops == 2 * 2 * 16 * 64 * 32 + turns * 2 * 4 * 128 * 128
+    assert list(cost.messages.values()) == [turns]
+
+
 @pytest.mark.parametrize(
     ("text", "group"),
     [

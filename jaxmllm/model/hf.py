@@ -103,6 +103,11 @@ def _leaves(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[t
 
 def abstract_params(cfg: ModelConfig) -> dict:
     """Shapes of every parameter, without any memory."""
+    return jax.tree.map(lambda shape: shape, _shapes(cfg))  # the caller's own
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(cfg: ModelConfig) -> dict:
     return jax.eval_shape(lambda key: qwen_vl.init(key, cfg), jax.random.key(0))
 
 

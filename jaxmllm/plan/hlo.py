@@ -140,7 +140,7 @@ class Program:
         code = one.opcode
         if code == "while":
             condition, body = (re.search(rf"{part}=%?([\w.\-]+)", one.rest)[1] for part in ("condition", "body"))
-            cost.add(self._computation(body), self._trips(one, condition))
+            cost.add(self._computation(body), self._trips(one, condition, body))
         elif code == "conditional":
             first, last = self._branches(one)
             cost.add(self._computation(first), 1 - self.chosen)
@@ -165,7 +165,7 @@ class Program:
         true, false = (re.search(rf"{kind}_computation=%?([\w.\-]+)", one.rest)[1] for kind in ("true", "false"))
         return false, true
 
-    def _trips(self, loop: Instruction, condition: str) -> int:
+    def _trips(self, loop: Instruction, condition: str, body: str) -> int:
         if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
             return int(noted[1])
         # a scan counts up from 0: its condition is `counter < constant`
@@ -174,9 +174,21 @@ class Program:
         if root.opcode == "compare" and "direction=LT" in root.rest:
             end = self._constant(root.operands[-1], scope)
             if end is not None:
-                return end
+                return math.ceil(end / self._step(_part(root.operands[0], scope), body))
         self.unknown_loops += 1
         return self.steps
+
+    def _step(self, counter: int, body: str) -> int:
+        """What a loop's body adds to a part of its carry: 2 in products that the compiler overlaps with messages."""
+        scope = self.computations[body]
+        root = next(one for one in scope.values() if one.root)
+        new = scope.get(root.operands[counter]) if root.opcode == "tuple" and counter < len(root.operands) else None
+        if new is not None and new.opcode == "add":
+            for name, other in (new.operands, new.operands[::-1]):
+                step = self._constant(other, scope)
+                if step and _part(name, scope) == counter:
+                    return step
+        return 1
 
     @staticmethod
     def _constant(name: str, scope: dict[str, Instruction]) -> int | None:
@@ -212,6 +224,13 @@ class Program:
                 continue
             total += min(_read(parameter, users, inner), _size(scope[name].shape))
         return total
+
+
+def _part(name: str, scope: dict[str, Instruction]) -> int:
+    """Which part of a tuple an instruction takes; 0 for another."""
+    one = scope.get(name)
+    found = re.search(r"index=(\d+)", one.rest) if one is not None and one.opcode == "get-tuple-element" else None
+    return int(found[1]) if found else 0
 
 
 def _parameters(computation: dict[str, Instruction]) -> list[Instruction]:

@@ -32,6 +32,7 @@ def start(config: str, cache: Path, flags: tuple[str, ...]) -> dict[str, float]:
         command = [sys.executable, "-m", "jaxmllm.cli", "train", config, "--output-dir", folder, *flags]
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": paths}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # the cold start compiles Python's modules too, where they are not yet
         began = time.perf_counter()
         with (Path(folder) / "log").open("wb") as log:
             process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
