@@ -227,6 +227,26 @@ def test_the_text_of_a_tpu_program():
     assert read.cost.bytes == 36 * (2 * 4 * 128 * 2 + 2 * gathered.size)
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("reduce-scatter", "bf16[8,16]{1,0}"),
+        ("reduce-scatter-start", "((bf16[64,16]{1,0}), bf16[8,16]{1,0})"),
+        ("all-gather", "bf16[64,16]{1,0}"),
+        ("all-gather-start", "((bf16[8,16]{1,0}), bf16[64,16]{1,0})"),
+    ],
+)
+def test_what_a_message_moves(kind, shape):
+    """The whole array, split over a group of eight; an asynchronous one names what is given and what is received."""
+    text = f"""ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {{
+  %p = bf16[8,16]{{1,0}} parameter(0)
+  %sent = {shape} {kind}(%p), replica_groups={{{{0,1,2,3,4,5,6,7}}}}, dimensions={{0}}
+}}
+"""
+    (message,) = hlo.Program(text).cost.messages
+    assert message == Message(kind.removesuffix("-start"), 64 * 16 * 2.0, tuple(range(8)))
+
+
 @pytest.mark.parametrize(("step", "turns"), [(1, 36), (2, 18), (5, 8)])
 def test_a_counter_that_steps(step, turns):
     """What the compiler overlaps with messages it unrolls by two: the counter then steps by two."""

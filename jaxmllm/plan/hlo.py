@@ -350,8 +350,11 @@ def _message(one: Instruction) -> Message:
     kind = one.opcode.removesuffix("-start")
     group = _group(one.rest)
     parts = _elements(one.shape)
-    if one.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
-        parts = parts[len(parts) // 2 :] if kind == "all-gather" else parts[1:2]  # (given, received)
+    if one.opcode.endswith("-start"):  # (given, received)
+        if kind in ("all-gather", "reduce-scatter"):
+            parts = parts[len(parts) // 2 :]
+        elif kind == "collective-permute":
+            parts = parts[1:2]
     size = sum(_size(part, False) for part in parts)
     if kind == "reduce-scatter":
         size *= len(group)
