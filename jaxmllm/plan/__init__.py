@@ -133,7 +133,7 @@ def plan(
         if only and phase.name not in only:
             continue
         began = time.perf_counter()
-        compiled, refused = _compile(phase)
+        compiled, refused = _compile(phase, target)
         taken = time.perf_counter() - began
         if compiled is not None and phase.name == "prefill":
             programs.opened_shardings = compiled.output_shardings
@@ -163,10 +163,15 @@ def longest(config: TrainConfig, cfg: ModelConfig, vision_tokens: int | None, pr
     return sizes_of(config, cfg, max(1, min(vision_tokens or limit, prompt_tokens)), prompt_tokens)
 
 
-def _compile(phase: Phase) -> tuple[Any, str]:
+# What the compiler makes of a gather for a SparseCore (v5p, v6e) jaxlib 0.10 cannot read back ("async-update instruction should
+# have 1 operands but sees 3").
+READABLE = {"xla_tpu_offload_gather_to_sparsecore": "false"}
+
+
+def _compile(phase: Phase, target: MeshTarget) -> tuple[Any, str]:
     """(compiled program, "") or (None, the compiler's message) when the program alone is too large for the chip."""
     try:
-        return phase.lower().compile(), ""
+        return phase.lower().compile(compiler_options=READABLE if target.chip.platform == "tpu" else None), ""
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text:

@@ -4,7 +4,7 @@ Option names are TRL's and transformers' where they have one.
 """
 
 import dataclasses
-import importlib.util
+import runpy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -268,14 +268,10 @@ def load_config(path: str | Path) -> TrainConfig:
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such config file")
-    spec = importlib.util.spec_from_file_location(f"jaxmllm_config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        config: Any = runpy.run_path(str(path)).get("config")  # always the text, never bytecode of an earlier one
     except Exception as error:
         raise InputError(f"{path}: {type(error).__name__}: {error}") from error
-    config: Any = getattr(module, "config", None)
     if not isinstance(config, TrainConfig):
         raise InputError(f"{path}: must define `config`, a jaxmllm.train.config.TrainConfig")
     return config
