@@ -227,6 +227,43 @@ def test_the_text_of_a_tpu_program():
     assert read.cost.bytes == 36 * (2 * 4 * 128 * 2 + 2 * gathered.size)
 
 
+NESTED = """%cut (p: bf16[36,128,128], i: s32[]) -> bf16[1,128,128] {
+  %p = bf16[36,128,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = bf16[1,128,128]{2,1,0} dynamic-slice(%p, %i, %zero, %zero), dynamic_slice_sizes={1,128,128}
+}
+
+%same (p.1: bf16[8,128]) -> bf16[8,128] {
+  %p.1 = bf16[8,128]{1,0} parameter(0)
+  ROOT %bitcast.1 = bf16[8,128]{1,0} bitcast(%p.1)
+}
+
+%product (a: bf16[8,128], all: bf16[36,128,128], n: s32[]) -> bf16[8,128] {
+  %a = bf16[8,128]{1,0} parameter(0)
+  %all = bf16[36,128,128]{2,1,0} parameter(1)
+  %n = s32[] parameter(2)
+  %left = bf16[8,128]{1,0} fusion(%a), kind=kLoop, calls=%same
+  %one = bf16[1,128,128]{2,1,0} fusion(%all, %n), kind=kLoop, calls=%cut
+  %right = bf16[128,128]{1,0} bitcast(%one)
+  ROOT %out = bf16[8,128]{1,0} convolution(%left, %right), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: bf16[8,128], w: bf16[36,128,128], k: s32[]) -> bf16[8,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %w = bf16[36,128,128]{2,1,0} parameter(1)
+  %k = s32[] parameter(2)
+  ROOT %y = bf16[8,128]{1,0} fusion(%x, %w, %k), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_a_fusion_in_a_fusion_reads_one_layer():
+    cost = hlo.Program(NESTED).cost
+    assert cost.flops == 2 * 8 * 128 * 128
+    assert cost.bytes == 2 * (8 * 128) * 2 + 128 * 128 * 2 + 4  # rows in and out, one layer's weights, its number
+
+
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [

@@ -206,11 +206,8 @@ class Program:
         return total
 
     def _fused_bytes(self, fusion: Instruction, scope: dict[str, Instruction]) -> float:
-        inner = self.computations[fusion.called()[0]]
-        users: dict[str, list[Instruction]] = {}
-        for one in inner.values():
-            for name in one.operands:
-                users.setdefault(name, []).append(one)
+        inside = fusion.called()[0]
+        inner = self.computations[inside]
         root = next(one for one in inner.values() if one.root)
         total = 0.0
         for one in [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]:
@@ -222,8 +219,38 @@ class Program:
         for parameter, name in zip(_parameters(inner), fusion.operands, strict=False):
             if name not in scope or not _size(scope[name].shape):
                 continue
-            total += min(_read(parameter, users, inner), _size(scope[name].shape))
+            total += min(self._read(parameter, inside), _size(scope[name].shape))
         return total
+
+    @functools.cache  # noqa: B019
+    def _users(self, computation: str) -> dict[str, list[Instruction]]:
+        users: dict[str, list[Instruction]] = {}
+        for one in self.computations[computation].values():
+            for name in one.operands:
+                users.setdefault(name, []).append(one)
+        return users
+
+    def _read(self, one: Instruction, computation: str) -> float:
+        """Bytes that a fusion reads of a parameter: the parts that it or a fusion in it cuts out, nothing of what it writes
+        into."""
+        whole, total = _size(one.shape, False), 0.0
+        if one.root:  # handed on as it is
+            return whole
+        for user in self._users(computation).get(one.name, ()):
+            if user.opcode in PARTS and user.operands[0] == one.name:
+                total += _size(user.shape, False)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == one.name:
+                continue
+            elif user.opcode in ("bitcast", "reshape"):
+                total += self._read(user, computation)
+            elif user.opcode == "fusion":
+                inside = user.called()[0]
+                own = zip(_parameters(self.computations[inside]), user.operands, strict=False)
+                total += sum(self._read(parameter, inside) for parameter, name in own if name == one.name)
+            else:
+                return whole
+        return min(total, whole)
+
 
 
 def _part(name: str, scope: dict[str, Instruction]) -> int:
@@ -244,21 +271,6 @@ def _through(one: Instruction, scope: dict[str, Instruction]) -> Instruction:
     while one.opcode in ("bitcast", "reshape", "copy", "convert") and one.operands and one.operands[0] in scope:
         one = scope[one.operands[0]]
     return one
-
-
-def _read(one: Instruction, users: dict[str, list[Instruction]], scope: dict[str, Instruction]) -> float:
-    """Bytes that a fusion reads of a parameter: the parts that it cuts out, nothing of what it writes into."""
-    whole, total = _size(one.shape, False), 0.0
-    for user in users.get(one.name, ()):
-        if user.opcode in PARTS and user.operands[0] == one.name:
-            total += _size(user.shape, False)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == one.name:
-            continue
-        elif user.opcode in ("bitcast", "reshape"):
-            total += _read(user, users, scope)
-        else:
-            return whole
-    return min(total, whole)
 
 
 def _bytes(one: Instruction, scope: dict[str, Instruction]) -> float:
