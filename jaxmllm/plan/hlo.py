@@ -252,7 +252,6 @@ class Program:
         return min(total, whole)
 
 
-
 def _part(name: str, scope: dict[str, Instruction]) -> int:
     """Which part of a tuple an instruction takes; 0 for another."""
     one = scope.get(name)
