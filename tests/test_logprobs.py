@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmllm.errors import InputError
+from jaxmllm.losses import logprobs
 from jaxmllm.losses.logprobs import MASKED, Sampling, seen_tokens, token_logprobs, warp
+from jaxmllm.plan.flops import count
 
 B, G, T, D, V = 2, 3, 7, 8, 50
 
@@ -50,6 +52,34 @@ def test_value_and_gradient_for_any_chunk(chunk):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"banned": (7, 5000)}, {"temperature": 1.3, "banned": (0, 8191)}])
+def test_gradient_over_blocks_of_the_vocabulary(options):
+    """Against automatic differentiation of the whole distribution; one target is banned."""
+    rng = np.random.default_rng(2)
+    vocab, sampling = 4 * logprobs.BLOCK, Sampling(**options)
+    hidden, kernel = (rng.normal(size=s).astype(np.float32) for s in ((3, T, D), (D, vocab)))
+    targets = rng.integers(0, vocab, (3, T)).astype(np.int32)
+    targets[0, 0] = 7
+    weights = rng.normal(size=(2, 3, T)).astype(np.float32)
+    assert logprobs.vocabulary_block(vocab, 3 * T) < vocab
+
+    def whole(hidden, kernel, targets):
+        log_probs = jax.nn.log_softmax(jax.vmap(lambda h: warp(h @ kernel, sampling))(hidden), axis=-1)
+        picked = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+        return picked, -(jnp.exp(log_probs) * log_probs).sum(-1)
+
+    def gradients(function):
+        def loss(hidden, kernel):
+            return sum(jnp.sum(w * o) for w, o in zip(weights, function(hidden, kernel, targets), strict=True))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(hidden, kernel)
+
+    for chunk in (None, 2):
+        ours = gradients(lambda *a, chunk=chunk: token_logprobs(*a, sampling, chunk=chunk))
+        for a, b in zip(ours, gradients(whole), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+
+
 def test_any_leading_axes():
     hidden, kernel, targets = inputs()
     whole = token_logprobs(hidden, kernel, targets)
@@ -78,6 +108,26 @@ def test_the_whole_vocabulary_times_time_is_never_held():
     whole = rows * length * vocab * 4
     assert temporary(plain) >= whole
     assert temporary(lambda *a: token_logprobs(*a, chunk=8)) < whole / 4
+
+
+@pytest.mark.parametrize(("wanted", "products"), [((0,), 3), ((1,), 3), ((0, 1), 4)])
+def test_logits_are_computed_twice_and_a_frozen_kernel_gets_no_gradient(wanted, products):
+    hidden, kernel = np.zeros((4, 64, D), np.float32), np.zeros((D, 4 * logprobs.BLOCK), np.float32)
+    targets = np.zeros((4, 64), np.int32)
+    gradient = jax.grad(lambda *a: jnp.sum(token_logprobs(*a, targets, chunk=16)[0]), argnums=wanted)
+    assert count(gradient, hidden, kernel) == products * 2 * 4 * 64 * kernel.size
+
+
+def test_no_mask_of_the_whole_vocabulary_is_held(monkeypatch):
+    monkeypatch.setattr(logprobs, "BLOCK_ELEMENTS", 1 << 19)
+    rows, length, vocab = 4, 64, 32 * logprobs.BLOCK
+    hidden = jax.ShapeDtypeStruct((rows, length, D), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((D, vocab), jnp.float32)
+    targets = np.zeros((rows, length), np.int32)
+    banned = Sampling(banned=(3, 17))
+    gradient = jax.grad(lambda h, k: jnp.sum(token_logprobs(h, k, targets, banned)[0]), argnums=(0, 1))
+    held = jax.jit(gradient).lower(hidden, kernel).compile().memory_analysis().temp_size_in_bytes
+    assert held < rows * length * vocab  # a byte each
 
 
 # ---------------------------------------------------------------- against transformers

@@ -13,7 +13,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmllm.errors import InputError
@@ -166,7 +165,6 @@ def token_logprobs(
         a = jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2))
         return a.reshape(rows, -1, chunk, *a.shape[2:]).swapaxes(0, 1)
 
-    @jax.checkpoint
     def one_chunk(seen, inputs):
         h, target = inputs
         lead = (parts, -1) if parts > 1 else (-1,)
@@ -179,6 +177,8 @@ def token_logprobs(
     if penalised and seen is None:
         raise ValueError("a repetition penalty needs `seen`, the tokens of the prompt")
     seen = seen.reshape(rows, vocab) if penalised else None
+    if sampling.filters:  # without, `_in_blocks` sees to it
+        one_chunk = jax.checkpoint(one_chunk)
     _, outputs = jax.lax.scan(one_chunk, seen, (split(hidden), split(targets)))
     logps, entropies = (a.swapaxes(0, 1).reshape(rows, -1)[:, :length].reshape(*lead, length) for a in outputs)
     return logps, entropies
@@ -209,6 +209,7 @@ def vocabulary_block(vocab: int, tokens: int) -> int:
     return max((n for n in fitting if n * tokens <= BLOCK_ELEMENTS), default=min(fitting, default=vocab))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _in_blocks(
     hidden: Float[Array, "*parts R D"],
     table: Float[Array, "*parts shares blocks block D"],
@@ -217,52 +218,82 @@ def _in_blocks(
 ) -> tuple[Float[Array, "*parts R"], Float[Array, "*parts R"]]:
     """Log-probabilities and entropies of a distribution without filters, one pass over blocks of the vocabulary.
 
-    Each of `shares` equal parts of the vocabulary, which may lie on other devices, is summed for itself until the end.
+    Each of `shares` equal parts of the vocabulary, which may lie on other devices, is summed for itself until the end. The
+    gradient is written by hand: with the norm known, a block's product is needed once more and not twice.
     """
-    shares, blocks, block = table.shape[-4:-1]
-    firsts = jnp.arange(0, shares * blocks * block, block).reshape(shares, blocks)
-    of_share = functools.partial(_share_sums, sampling=sampling)
-    if shares > 1:
-        of_share = jax.vmap(of_share, in_axes=(None, 0, 0, None))
-    else:  # no axis of size 1: a processor's products are slower with one
-        table, firsts = table.reshape(*table.shape[:-4], *table.shape[-3:]), firsts[0]
-    of_part = jax.vmap(of_share, in_axes=(0, 0, None, 0)) if hidden.ndim > 2 else of_share
-    sums = of_part(hidden, table, firsts, targets)
-    if shares > 1:
-        tops = jax.lax.stop_gradient(sums[0])  # [*parts, shares, R]
-        top = tops.max(-2)
-        shrink = jnp.exp(tops - top[..., None, :])
-        total, weighted, picked = (sums[1] * shrink).sum(-2), (sums[2] * shrink).sum(-2), sums[3].sum(-2)
-    else:
-        top, total, weighted, picked = sums
+    return _sums_in_blocks(hidden, table, targets, sampling)[0]
+
+
+def _sums_in_blocks(hidden, table, targets, sampling: Sampling):
+    tops, *sums = _each_share(_share_sums, table, sampling)(targets, hidden)  # [*parts, shares, R]
+    top = tops.max(-2)
+    shrink = jnp.exp(tops - top[..., None, :])
+    total, weighted, picked = (sums[0] * shrink).sum(-2), (sums[1] * shrink).sum(-2), sums[2].sum(-2)
     norm = top + jnp.log(total)
-    return picked - norm, norm - weighted / total
+    entropy = norm - weighted / total
+    return (picked - norm, entropy), (hidden, table, targets, norm, entropy)
+
+
+def _gradients_in_blocks(sampling: Sampling, saved, cotangents):
+    hidden, table, targets, norm, entropy = saved
+    of_shares = _each_share(_share_gradients, table, sampling)
+    d_hidden, d_table = of_shares(targets, hidden, norm, entropy, *cotangents)
+    return d_hidden.sum(-3).astype(hidden.dtype), d_table.reshape(table.shape), None
+
+
+_in_blocks.defvjp(_sums_in_blocks, _gradients_in_blocks)
+
+
+def _each_share(function, table: Float[Array, "*parts shares blocks block D"], sampling: Sampling):
+    """`function(table, firsts, *arrays of rows)` of every share of the vocabulary: results have an axis `shares` after `parts`.
+
+    `firsts` [blocks]: the token of each block's first row.
+    """
+    *parts, shares, blocks, block, _ = table.shape
+    function = functools.partial(function, sampling=sampling)
+
+    def call(targets, *rows):
+        firsts = jnp.arange(0, shares * blocks * block, block).reshape(shares, blocks)
+        # otherwise JAX computes what follows from `firsts` alone before all loops and keeps it: masks of [rows, vocabulary]
+        firsts, targets = jax.lax.optimization_barrier((firsts, targets))
+        each, cut = function, table
+        if shares > 1:
+            each = jax.vmap(each, in_axes=(0, 0, *(None for _ in (targets, *rows))))
+        else:  # no axis of size 1: a processor's products are slower with one
+            firsts, cut = firsts[0], table.reshape(*parts, *table.shape[-3:])
+        if parts:
+            each = jax.vmap(each, in_axes=(0, None, *(0 for _ in (targets, *rows))))
+        found = each(cut, firsts, targets, *rows)
+        return found if shares > 1 else jax.tree.map(lambda a: jnp.expand_dims(a, len(parts)), found)
+
+    return call
+
+
+def _block_logits(hidden, first, rows, sampling: Sampling):
+    """Logits of a block whose first token is `first`, and which of its tokens are banned (None where none can be)."""
+    x = jnp.einsum("rd,vd->rv", hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if sampling.temperature != 1:
+        x = x / sampling.temperature
+    here = first + jnp.arange(rows.shape[0])
+    if not sampling.banned:
+        return x, here, None
+    banned = (here[:, None] == jnp.asarray(sampling.banned, jnp.int32)).any(-1)
+    return jnp.where(banned, MASKED, x), here, banned
 
 
 def _share_sums(
-    hidden: Float[Array, "R D"],
     table: Float[Array, "blocks block D"],
     firsts: Int[Array, "blocks"],
     targets: Int[Array, "R"],
+    hidden: Float[Array, "R D"],
     sampling: Sampling,
 ) -> tuple[Float[Array, "R"], ...]:
-    """Largest logit (without gradient), then sums of exp(x - it), of x times that, and of x where it is the target's.
+    """Largest logit, then sums of exp(x - it), of x times that, and of x where it is the target's."""
 
-    `firsts`: the token of each block's first row.
-    """
-    banned = jnp.asarray(sampling.banned, jnp.int32)
-
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("top"))
     def add(carry, inputs):
         top, total, weighted, picked = carry
-        first, rows = inputs
-        here = first + jnp.arange(rows.shape[0])
-        x = jnp.einsum("rd,vd->rv", hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        if sampling.temperature != 1:
-            x = x / sampling.temperature
-        if sampling.banned:
-            x = jnp.where((here[:, None] == banned).any(-1), MASKED, x)
-        new_top = checkpoint_name(jnp.maximum(top, jax.lax.stop_gradient(x).max(-1)), "top")
+        x, here, _ = _block_logits(hidden, *inputs, sampling)
+        new_top = jnp.maximum(top, x.max(-1))
         weight, shrink = jnp.exp(x - new_top[:, None]), jnp.exp(top - new_top)
         total = total * shrink + weight.sum(-1)
         weighted = weighted * shrink + (weight * x).sum(-1)
@@ -271,3 +302,35 @@ def _share_sums(
 
     zero = jnp.zeros(hidden.shape[0], jnp.float32)
     return jax.lax.scan(add, (zero + MASKED, zero, zero, zero), (firsts, table))[0]
+
+
+def _share_gradients(
+    table: Float[Array, "blocks block D"],
+    firsts: Int[Array, "blocks"],
+    targets: Int[Array, "R"],
+    hidden: Float[Array, "R D"],
+    norm: Float[Array, "R"],
+    entropy: Float[Array, "R"],
+    d_logp: Float[Array, "R"],
+    d_entropy: Float[Array, "R"],
+    sampling: Sampling,
+) -> tuple[Float[Array, "R D"], Float[Array, "blocks block D"]]:
+    """Gradients in `hidden` (float32) and in the table, from those in log-probability and entropy.
+
+    With p = exp(x - norm): d logp / dx = [target] - p and d entropy / dx = -p (log p + entropy).
+    """
+
+    def add(d_hidden, inputs):
+        x, here, banned = _block_logits(hidden, *inputs, sampling)
+        x = x - norm[:, None]
+        d = -jnp.exp(x) * (d_logp[:, None] + d_entropy[:, None] * (x + entropy[:, None]))
+        is_target = here == targets[:, None]
+        if banned is not None:
+            is_target &= ~banned
+        d = (d + jnp.where(is_target, d_logp[:, None], 0)) / sampling.temperature
+        d, rows = d.astype(hidden.dtype), inputs[1].astype(hidden.dtype)
+        d_rows = jnp.einsum("rv,rd->vd", d, hidden, preferred_element_type=jnp.float32)
+        d_hidden = d_hidden + jnp.einsum("rv,vd->rd", d, rows, preferred_element_type=jnp.float32)
+        return d_hidden, d_rows.astype(table.dtype)
+
+    return jax.lax.scan(add, jnp.zeros(hidden.shape, jnp.float32), (firsts, table))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 from jax.extend.core import jaxprs_in_params
 
 BLOCKS = re.compile(r"splash_(\d+)_blocks_of_(\d+)")  # a name scope of jaxmllm.model.splash
@@ -30,7 +31,9 @@ def count(function: Callable[..., Any], *arguments: Any, steps: int = 1, chosen:
         steps: times a `while_loop` whose length is not known runs its body.
         chosen: share of a conditional's runs that take its last branch (the true one); all others take the first.
     """
-    return _total(jax.make_jaxpr(function)(*arguments).jaxpr, steps, chosen)
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # as the compiler leaves it: no gradient of frozen weights
+    return _total(used, steps, chosen)
 
 
 def _total(jaxpr: Any, steps: int, chosen: float, scopes: str = "") -> float:

@@ -4,6 +4,7 @@ The loop can be left and entered again (`advance` up to a step), which is how te
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,6 @@ from jaxmllm.losses.logprobs import Sampling, add_seen, seen_tokens, warp
 from jaxmllm.mesh import ROWS, P, lay_out
 from jaxmllm.model import qwen_vl
 from jaxmllm.types import KVCache, Prompts, Samples
-
-BLOCK = 512  # tokens of the vocabulary summed together when drawing
 
 
 class State(struct.PyTreeNode):
@@ -40,6 +39,11 @@ def row_keys(seed: Key[Array, ""], ids: Int[Array, "B"], num_generations: int) -
     return jax.vmap(lambda i: one(jax.random.fold_in(seed, i), jnp.arange(num_generations)))(ids)
 
 
+def _block(vocab: int) -> int:
+    """Tokens of the vocabulary summed together: its divisor nearest to its root. (Padding costs more than the exponentials.)"""
+    return min((n for n in range(1, vocab + 1) if vocab % n == 0), key=lambda n: abs(math.log(n * n / vocab)))
+
+
 def draw(keys: Key[Array, "R"], x: Float[Array, "R V"]) -> tuple[Int[Array, "R"], Float[Array, "R"]]:
     """One token a row and its log-probability, by the inverse of the distribution function of the log-weights `x`.
 
@@ -47,9 +51,10 @@ def draw(keys: Key[Array, "R"], x: Float[Array, "R V"]) -> tuple[Int[Array, "R"]
     exponentials gives both the sums of the blocks and the norm; two uniforms a row replace one Gumbel variate an entry.
     """
     rows, vocab = x.shape
+    block = _block(vocab)
     x = lay_out(x, P(ROWS), x)  # a vocabulary split over devices is gathered here, once
     top = x.max(-1, keepdims=True)
-    sums = jnp.pad(jnp.exp(x - top), ((0, 0), (0, -vocab % BLOCK))).reshape(rows, -1, BLOCK).sum(-1)
+    sums = jnp.exp(x - top).reshape(rows, -1, block).sum(-1)
     u = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
 
     def pick(weights, u):
@@ -59,10 +64,9 @@ def draw(keys: Key[Array, "R"], x: Float[Array, "R V"]) -> tuple[Int[Array, "R"]
         # u * total can round up to the total: then take the likeliest, which has weight
         return jnp.where(beyond.any(-1), beyond.argmax(-1), weights.argmax(-1))
 
-    first = pick(sums, u[:, 0])[:, None] * BLOCK
-    ids = first + jnp.arange(BLOCK)
-    inside = jnp.take_along_axis(x, jnp.minimum(ids, vocab - 1), axis=-1) - top
-    token = pick(jnp.where(ids < vocab, jnp.exp(inside), 0), u[:, 1])[:, None]
+    first = pick(sums, u[:, 0])[:, None] * block
+    inside = jnp.take_along_axis(x, first + jnp.arange(block), axis=-1) - top
+    token = pick(jnp.exp(inside), u[:, 1])[:, None]
     logp = jnp.take_along_axis(inside, token, axis=-1)[:, 0] - jnp.log(sums.sum(-1))
     return (first + token)[:, 0].astype(jnp.int32), logp
 
