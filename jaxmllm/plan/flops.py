@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.interpreters import partial_eval
 from jax.extend.core import jaxprs_in_params
+from jax.interpreters import partial_eval
 
 BLOCKS = re.compile(r"splash_(\d+)_blocks_of_(\d+)")  # a name scope of jaxmllm.model.splash
 BLOCK_PRODUCTS = {"splash_mqa_fwd": 2, "splash_mqa_dq": 3, "splash_mqa_dkv": 4}  # of one block of scores in each kernel
@@ -32,7 +32,8 @@ def count(function: Callable[..., Any], *arguments: Any, steps: int = 1, chosen:
         chosen: share of a conditional's runs that take its last branch (the true one); all others take the first.
     """
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # as the compiler leaves it: no gradient of frozen weights
+    # as the compiler leaves it: a frozen weight's gradient is not computed
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _total(used, steps, chosen)
 
 
