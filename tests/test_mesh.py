@@ -162,8 +162,8 @@ def test_parameters_are_gathered_and_nothing_else(batch):
     "options", [{}, {"repetition_penalty": 1.3, "top_k": 5, "top_p": 0.9, "banned": (1, 2)}], ids=str
 )
 def test_sampling_moves_no_rows(batch, options):
-    """Prefill and decode loop: only the end of the loop is agreed on, one flag."""
-    mesh = make_mesh(fsdp=8)
+    """Prefill and decode loop: only the end of the loop is agreed on, one number. Nor does leaving finished prompts behind."""
+    mesh = make_mesh(fsdp=4, devices=jax.devices()[:4])
     prompts, sampling = shard_batch(batch[0], mesh), Sampling(**options)
     keys = jax.device_put(sampler.row_keys(jax.random.key(0), jnp.arange(len(ROWS)), G), NamedSharding(mesh, P("fsdp")))
     static = dict(num_generations=G, max_new_tokens=T, stop_ids=(7,), pad_id=0)
@@ -171,7 +171,26 @@ def test_sampling_moves_no_rows(batch, options):
     assert collectives(sampler.start.lower(params, CFG, prompts, keys, sampling, **static)) == []
     state = sampler.start(params, CFG, prompts, keys, sampling, **static)
     found = collectives(sampler.advance.lower(params, CFG, state, jnp.asarray(T), sampling, (7,)))
-    assert all(shape.startswith("pred[]") and kind == "all-reduce" for shape, kind in found), found
+    assert all(shape.startswith("s32[]") and kind == "all-reduce" for shape, kind in found), found
+    assert collectives(sampler._leave_finished.lower(state, 1)) == []
+
+
+def test_finished_prompts_are_left_behind_on_every_device(monkeypatch, batch):
+    """Two prompts a device, and the devices go on with one each."""
+    mesh = make_mesh(fsdp=4, devices=jax.devices()[:4])
+    keys = sampler.row_keys(jax.random.key(0), jnp.arange(len(ROWS)), G)
+    free = jax.device_get(sampler.sample(PARAMS, CFG, batch[0], keys, Sampling(), max_new_tokens=9, stop_ids=(), pad_id=0))
+    stops = tuple({int(token) for token in free.tokens[[1, 2, 4, 7], :, 2].reshape(-1)})
+    options = dict(max_new_tokens=9, stop_ids=stops, pad_id=0)
+    expected = jax.device_get(sampler.sample(PARAMS, CFG, batch[0], keys, Sampling(), **options))
+    left, leave = [], sampler._leave_finished
+    monkeypatch.setattr(sampler, "WORTH", 1)
+    monkeypatch.setattr(sampler, "_leave_finished", lambda state, keep: left.append(keep) or leave(state, keep))
+    params = jax.device_put(PARAMS, param_shardings(PARAMS, mesh))
+    found = jax.device_get(sampler.sample(params, CFG, shard_batch(batch[0], mesh), keys, Sampling(), **options))
+    assert left == [1] and 3 < expected.lengths.max()
+    jax.tree.map(np.testing.assert_array_equal, found.replace(logps=0), expected.replace(logps=0))
+    np.testing.assert_allclose(found.logps, expected.logps, atol=1e-5)
 
 
 def test_the_search_for_collectives_finds_them():

@@ -236,6 +236,26 @@ def test_pieces_equal_one_run(batch):
     np.testing.assert_array_equal(sampler.finish(state).logps, whole.logps)
 
 
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"temperature": 0.0}], ids=str)
+@pytest.mark.parametrize("lasting", [0, 3, 5])
+def test_finished_prompts_are_left_behind(monkeypatch, options, lasting):
+    """Eight prompts of which one lasts to the end: the loop goes on with four and then with two, and nothing else changes."""
+    prompts = tiny.prompts(CFG, [[9], [4], [13], [7], [2], [11], [5], [8]])
+    free = run(prompts, keys(range(8)), Sampling(**options))
+    ends = [k % 4 for k in range(8)]  # its last completion ends at this token
+    stops = tuple({int(free.tokens[b, g, ends[b]]) for b in range(8) if b != lasting for g in range(G)})
+    one = run(prompts, keys(range(8)), Sampling(**options), stop_ids=stops)
+
+    loops, leave = [], sampler._leave_finished
+    monkeypatch.setattr(sampler, "WORTH", 1)
+    monkeypatch.setattr(sampler, "_leave_finished", lambda state, keep: loops.append(keep) or leave(state, keep))
+    thinned = run(prompts, keys(range(8)), Sampling(**options), stop_ids=stops)
+    jax.tree.map(np.testing.assert_array_equal, thinned.replace(logps=0), one.replace(logps=0))
+    np.testing.assert_allclose(thinned.logps, one.logps, atol=1e-5)
+    open_prompts = [(one.lengths.max(1) > n).sum() for n in range(T)]  # after n tokens
+    assert loops == [keep for keep in (4, 2) if any(0 < n <= keep for n in open_prompts[1:])]
+
+
 def test_the_cache_is_donated(batch):
     """The loop writes its cache in place: the state it was given is gone."""
     prompts, _ = batch

@@ -1,6 +1,7 @@
 """Sampling: prefill once a prompt, then one `while_loop` that decodes every completion of the batch together.
 
-The loop can be left and entered again (`advance` up to a step), which is how text is streamed; `sample` runs it to the end.
+The loop can be left and entered again (`advance` up to a step), which is how text is streamed. `sample` runs it to the end
+and, where much may still be written, leaves behind prompts whose completions are all finished.
 """
 
 import functools
@@ -14,9 +15,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmllm.config import ModelConfig
 from jaxmllm.losses.logprobs import Sampling, add_seen, seen_tokens, warp
-from jaxmllm.mesh import ROWS, P, lay_out
+from jaxmllm.mesh import ROWS, P, lay_out, row_parts
 from jaxmllm.model import qwen_vl
 from jaxmllm.types import KVCache, Prompts, Samples
+
+WORTH = 64  # tokens that an open completion may still get, for which it pays to leave finished prompts behind
+HALVINGS = 2  # of the prompts in a loop: each is a program to compile
 
 
 class State(struct.PyTreeNode):
@@ -29,7 +33,7 @@ class State(struct.PyTreeNode):
     lengths: Int[Array, "B G"]
     stopped: Bool[Array, "B G"]  # wrote a stop token
     done: Bool[Array, "B G"]  # stopped, or never wanted
-    seen: Bool[Array, "BG V"] | None  # for the repetition penalty
+    seen: Bool[Array, "B G V"] | None  # for the repetition penalty
     cache: KVCache
 
 
@@ -75,14 +79,15 @@ def _write(params, sampling: Sampling, stop_ids: tuple[int, ...], hidden: Float[
     """Draws token number `step` of every completion that is not done."""
     b, g, _ = hidden.shape
     raw = qwen_vl.logits(params, hidden).reshape(b * g, -1)
-    scored = warp(raw, sampling.scored, state.seen)
+    seen = None if state.seen is None else state.seen.reshape(b * g, -1)
+    scored = warp(raw, sampling.scored, seen)
     if sampling.temperature == 0:
-        token = jnp.argmax(warp(raw, sampling, state.seen), axis=-1).astype(jnp.int32)
+        token = jnp.argmax(warp(raw, sampling, seen), axis=-1).astype(jnp.int32)
         logp = jnp.take_along_axis(scored, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(scored, axis=-1)
     else:
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys.reshape(-1), state.step)
         token, logp = draw(step_keys, scored)
-    seen = None if state.seen is None else add_seen(state.seen, token)
+    seen = None if seen is None else add_seen(seen, token).reshape(b, g, -1)
     token, logp = token.reshape(b, g), logp.reshape(b, g)
 
     def put(array, value):
@@ -125,7 +130,7 @@ def start(
     seen = None
     if sampling.repetition_penalty != 1.0:
         seen = seen_tokens(prompts.tokens, prompts.lengths, cfg.text.vocab_size)
-        seen = repeat(seen, "b v -> (b g) v", g=num_generations)
+        seen = repeat(seen, "b v -> b g v", g=num_generations)
     state = State(
         step=jnp.zeros((), jnp.int32),
         keys=keys,
@@ -143,12 +148,18 @@ def start(
 
 @functools.partial(jax.jit, static_argnames=("cfg", "sampling", "stop_ids"), donate_argnames="state")
 def advance(
-    params, cfg: ModelConfig, state: State, until: Int[Array, ""], sampling: Sampling, stop_ids: tuple[int, ...]
+    params,
+    cfg: ModelConfig,
+    state: State,
+    until: Int[Array, ""],
+    sampling: Sampling,
+    stop_ids: tuple[int, ...],
+    few: Int[Array, ""] | int = 0,
 ) -> State:
-    """Decodes until every completion is done or `until` tokens are written."""
+    """Decodes until `until` tokens are written, or no device has more than `few` prompts with an open completion."""
 
     def unfinished(state: State):
-        return (state.step < until) & ~state.done.all()
+        return (state.step < until) & (_open_prompts(state).sum(1).max() > few)
 
     def body(state: State):
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=2, keepdims=False)
@@ -158,8 +169,55 @@ def advance(
     return jax.lax.while_loop(unfinished, body, state)
 
 
+def _open_prompts(state: State) -> Bool[Array, "parts rows"]:
+    """Which prompts have an open completion, by the part of the mesh that they lie on."""
+    return (~state.done.all(1)).reshape(row_parts(state.tokens), -1)
+
+
+@functools.partial(jax.jit, static_argnames="keep")
+def _leave_finished(state: State, keep: int) -> tuple[State, Int[Array, "parts keep"]]:
+    """The state of `keep` prompts of each part of the mesh, open ones first, and their rows in the part."""
+    kept = jnp.argsort(~_open_prompts(state), axis=1, stable=True)[:, :keep]
+
+    def pick(x, axis: int = 0):
+        cut = x.reshape(*x.shape[:axis], len(kept), -1, *x.shape[axis + 1 :])
+        picked = jax.vmap(functools.partial(jnp.take, axis=axis), (axis, 0), axis)(cut, kept)
+        return picked.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+    cache = {name: pick(x, 1 if x.ndim > 1 else 0) for name, x in vars(state.cache).items()}
+    rows = {name: jax.tree.map(pick, x) for name, x in vars(state).items() if name not in ("step", "cache")}
+    return State(step=state.step, cache=KVCache(**cache), **rows), kept
+
+
+@jax.jit
+def _come_back(whole: Samples, part: Samples, kept: Int[Array, "parts keep"]) -> Samples:
+    """`whole` with the rows that went on alone."""
+
+    def put(old, new):
+        old_cut, new_cut = (x.reshape(len(kept), -1, *x.shape[1:]) for x in (old, new))
+        return jax.vmap(lambda old, new, rows: old.at[rows].set(new))(old_cut, new_cut, kept).reshape(old.shape)
+
+    rows = {name: put(getattr(whole, name), new) for name, new in vars(part).items() if name != "steps"}
+    return Samples(steps=part.steps, **rows)
+
+
 def finish(state: State) -> Samples:
     return Samples(state.tokens, state.lengths, state.logps, state.stopped, state.step)
+
+
+def _to_the_end(
+    params, cfg: ModelConfig, state: State, sampling: Sampling, stop_ids: tuple[int, ...], halvings: int
+) -> Samples:
+    prompts, _, until = state.tokens.shape
+    here = prompts // row_parts(state.tokens)
+    run = functools.partial(advance, params, cfg, until=jnp.asarray(until), sampling=sampling, stop_ids=stop_ids)
+    if not halvings or here < 2 or until <= WORTH:
+        return finish(run(state))
+    state = run(state, few=here // 2)
+    if until - int(state.step) < WORTH or bool(state.done.all()):
+        return finish(run(state))
+    fewer, kept = _leave_finished(state, here // 2)
+    return _come_back(finish(state), _to_the_end(params, cfg, fewer, sampling, stop_ids, halvings - 1), kept)
 
 
 def sample(
@@ -196,4 +254,4 @@ def sample(
         counts=counts,
         vision_tokens=vision_tokens,
     )
-    return finish(advance(params, cfg, state, jnp.asarray(max_new_tokens), sampling, stop_ids))
+    return _to_the_end(params, cfg, state, sampling, stop_ids, HALVINGS)
