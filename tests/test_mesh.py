@@ -1,5 +1,6 @@
 """Eight devices give what one gives, parameters lie where the rules say, and rows never leave their device."""
 
+import math
 import re
 from collections import Counter
 
@@ -72,6 +73,34 @@ def test_sharded_equals_unsharded(sizes, batch, single):
         np.testing.assert_allclose(got.logps, expected.logps, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_short_completions_are_scored_by_themselves(sizes, batch):
+    """Values and gradient, as if all were padded to the longest."""
+    short, (prompts, completions) = 2, batch
+    mesh = make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
+    first = np.arange(len(ROWS)).reshape(sizes["fsdp"], 2, -1)[:, 0].reshape(-1)  # half of each device's
+    lengths, weights = np.array(completions.lengths), np.array(completions.weights)
+    lengths[first] = np.minimum(lengths[first], short)
+    weights[first, :, short:] = 0
+    whole = completions.replace(lengths=lengths, weights=weights)
+
+    def run(params, prompts, completions, short):
+        def loss(params):
+            logps, entropies = score(params, CFG, prompts, completions, Sampling(), None, short)
+            return jnp.sum(logps * completions.weights) / 50, (logps, entropies)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    run = jax.jit(run, static_argnums=3)
+    (_, outputs), grads = run(*placed(mesh, (prompts, whole)), short)
+    (_, expected), expected_grads = run(*placed(mesh, (prompts, whole)), 0)
+    real = weights > 0
+    for a, b in zip(outputs, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(a)[real], np.asarray(b)[real], atol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (grads, expected_grads)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+
+
 # ---------------------------------------------------------------- the order of rows
 
 
@@ -90,6 +119,16 @@ def test_rows_that_teach_nothing_share_the_last_microbatches(blocks, cuts, micro
             needed = -(-teaches[before].sum(1) // (before.shape[1] // microbatches))  # microbatches, by block
             for k in range(microbatches):
                 assert (teaches[after[:, k::microbatches]].any(1) == (k < needed)).all()
+
+
+@pytest.mark.parametrize("blocks, rows", [(1, 6), (2, 5), (4, 2)])
+def test_the_shorter_half_of_each_block_comes_first(blocks, rows):
+    longest = np.random.default_rng(rows).permutation(blocks * rows) + 1
+    order, short = layout.shortest_first(longest, blocks)
+    halves = longest[order].reshape(blocks, rows)
+    for block, before in zip(halves, longest.reshape(blocks, rows), strict=True):
+        assert sorted(block) == sorted(before) and max(block[: rows // 2]) <= min(block[rows // 2 :])
+    assert short == halves[:, : rows // 2].max()
 
 
 def test_rows_are_taken_where_they_lie():

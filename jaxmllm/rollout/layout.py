@@ -95,6 +95,18 @@ def idle_last(teaches: Bool[np.ndarray, "B"], blocks: int, cuts: int, microbatch
     return order
 
 
+def shortest_first(longest: Int[np.ndarray, "B"], blocks: int) -> tuple[Int[np.ndarray, "B"], int]:
+    """An order of prompts in which the shorter half of each block comes first, and what the longest in those halves has.
+
+    `longest`: tokens of each prompt's longest completion. The rows lie in `blocks`, one a device, and stay in theirs.
+    """
+    rows = longest.reshape(blocks, -1)
+    order = np.argsort(rows, axis=1, kind="stable")
+    shorter = np.take_along_axis(rows, order, axis=1)[:, : rows.shape[1] // 2]
+    order += np.arange(0, len(longest), rows.shape[1])[:, None]
+    return order.reshape(-1).astype(np.int32), int(shorter.max(initial=0))
+
+
 @functools.partial(jax.jit, static_argnames="mesh")
 def take_rows(tree: Any, order: Int[Array, "B"], mesh: Mesh) -> Any:
     """Rows of every device's block in `order`, which counts inside the block: nothing is sent."""

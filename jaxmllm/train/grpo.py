@@ -76,6 +76,7 @@ class Clock:
 
 keys_of_rows = jax.jit(sampler.row_keys, static_argnums=2)
 SHORTEST = 16  # tokens a completion is cut to at least
+LONG = 128  # tokens from which the shorter half of the prompts may be cut to a quarter
 
 
 @functools.partial(jax.jit, static_argnames=("names", "options"))
@@ -253,18 +254,24 @@ class GRPO:
         block, blocks = distributed.row_block(run.mesh)
         estimated, metrics = judge(told | known, block, list(self.rewards.names), options)
         advantages = estimated.reshape(-1, g)[block * b : (block + 1) * b]
-        if run.update.skip_idle and not estimated.reshape(-1, g).any(1).all():
-            parts = run.mesh.shape["replica"] * run.mesh.shape["fsdp"] // blocks  # devices with rows of this process
-            cuts = self.config.rollout.steps_per_generation
-            order = layout.idle_last(advantages.any(1), parts, cuts, run.update.accumulation_steps)
+        # what nobody wrote costs nothing in scoring and update
+        width = cut_length(int(metrics["completions/max_length"]), groups[0].tokens.shape[1])
+        parts = run.mesh.shape["replica"] * run.mesh.shape["fsdp"] // blocks  # devices with rows of this process
+        cuts, microbatches = self.config.rollout.steps_per_generation, run.update.accumulation_steps
+        order, short = None, 0
+        if cuts * microbatches == 1 and b > parts and width >= LONG:
+            by_length, longest = layout.shortest_first(column("lengths").reshape(b, g).max(1), parts)
+            if max(distributed.from_all(longest)) <= width // 4:
+                order, short = by_length, width // 4
+        elif run.update.skip_idle and not estimated.reshape(-1, g).any(1).all():
+            order = layout.idle_last(advantages.any(1), parts, cuts, microbatches)
+        if order is not None:
             on_mesh = shard_batch(order % (b // parts), run.mesh)
             prompts, vision_tokens = layout.take_rows((prompts, vision_tokens), on_mesh, run.mesh)
             groups, advantages = [groups[k] for k in order], advantages[order]
         clock.lap("reward")
 
-        # what nobody wrote costs nothing in scoring and update
         lengths, stopped = column("lengths"), column("stopped")
-        width = cut_length(int(metrics["completions/max_length"]), groups[0].tokens.shape[1])
         counted = np.arange(width) < lengths[:, None]
         if options.mask_truncated_completions:
             counted &= stopped[:, None]
@@ -281,8 +288,9 @@ class GRPO:
             vision_tokens=vision_tokens,
             # the weights that sampled are the weights at the start of the update: no pass for old log-probabilities
             old_logps=logps if self.updates > 1 else None,
-            ref_logps=self.reference_logps(run, prompts, completions, vision_tokens),
+            ref_logps=self.reference_logps(run, prompts, completions, vision_tokens, short),
             sampling_logps=logps,
+            short=short,
         )
         clock.lap("score")
         return Drawn(
@@ -309,12 +317,12 @@ class GRPO:
     def updates(self) -> int:
         return self.config.rollout.num_iterations * self.config.rollout.steps_per_generation
 
-    def reference_logps(self, run: Run, prompts, completions, vision_tokens):
+    def reference_logps(self, run: Run, prompts, completions, vision_tokens, short: int):
         """Log-probabilities under the reference; no pass when no KL term reads them."""
         if self.options.beta == 0:
             return None
         params = reference_params(run.state, self.config.trainable)
-        logps, _ = score_jit(params, run.model.cfg, prompts, completions, self.sampling(run), vision_tokens)
+        logps, _ = score_jit(params, run.model.cfg, prompts, completions, self.sampling(run), vision_tokens, short)
         return logps
 
     def update(self, run: Run, rollout: Rollout) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from jaxmllm.losses.unlikelihood import (
     reflective_unlikelihood_sums,
     turn_probabilities,
 )
+from jaxmllm.mesh import row_parts
 from jaxmllm.model import qwen_vl
 from jaxmllm.train.config import DPOConfig, UnlikelihoodConfig
 from jaxmllm.train.optim import join, kept_layout, split
@@ -46,6 +47,7 @@ class Rollout(struct.PyTreeNode):
     old_logps: Float[Array, "B G T"] | None = None  # None: on-policy, the ratio is 1
     ref_logps: Float[Array, "B G T"] | None = None  # None: no KL term
     sampling_logps: Float[Array, "B G T"] | None = None
+    short: int = struct.field(pytree_node=False, default=0)  # see `score`
 
 
 def score(
@@ -55,8 +57,23 @@ def score(
     completions: Completions,
     sampling: Sampling,
     vision_tokens: Float[Array, "B V D"] | None = None,
+    short: int = 0,
 ) -> tuple[Float[Array, "B G T"], Float[Array, "B G T"]]:
-    """Log-probabilities of the completions' tokens under `sampling`, and entropies."""
+    """Log-probabilities of the completions' tokens under `sampling`, and entropies.
+
+    `short`: where not 0, the first half of every device's prompts have completions of at most so many tokens; what is
+    beyond is not computed, and 0.
+    """
+    if short:
+        parts = row_parts(prompts.tokens)
+        front, back = _halves((prompts, completions, vision_tokens), parts)
+        cut = jax.tree.map(lambda x: x[..., :short] if x.ndim == 3 else x, front[1])
+        first = score(params, cfg, front[0], cut, sampling, front[2])
+        pad = completions.tokens.shape[-1] - short
+        first = [jnp.pad(x, ((0, 0), (0, 0), (0, pad))) for x in first]
+        second = score(params, cfg, back[0], back[1], sampling, back[2])
+        logps, entropies = (_joined(a, b, parts) for a, b in zip(first, second, strict=True))
+        return logps, entropies
     _, hidden = qwen_vl.forward(params, cfg, prompts, completions, vision_tokens)
     seen = None
     if sampling.repetition_penalty != 1.0:
@@ -65,7 +82,24 @@ def score(
     return token_logprobs(hidden, qwen_vl.head_kernel(params, cfg.dtype), completions.tokens, sampling, seen=seen)
 
 
-score_jit = jax.jit(score, static_argnames=("cfg", "sampling"))
+def _halves(tree: Any, parts: int) -> tuple[Any, Any]:
+    """The first half of the rows of each of `parts` blocks, and the rest."""
+    blocks = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
+    half = jax.tree.leaves(blocks)[0].shape[1] // 2
+
+    def rows(which: slice) -> Any:
+        return jax.tree.map(lambda x: x[:, which].reshape(-1, *x.shape[2:]), blocks)
+
+    return rows(slice(half)), rows(slice(half, None))
+
+
+def _joined(first: Array, rest: Array, parts: int) -> Array:
+    """The inverse of `_halves`, of one array."""
+    blocks = [x.reshape(parts, -1, *x.shape[1:]) for x in (first, rest)]
+    return jnp.concatenate(blocks, axis=1).reshape(-1, *first.shape[1:])
+
+
+score_jit = jax.jit(score, static_argnames=("cfg", "sampling", "short"))
 encode_jit = jax.jit(qwen_vl.encode, static_argnames="cfg")
 
 
@@ -159,7 +193,8 @@ def grpo_step(
         threshold = entropy_threshold(_flat(entropies), mask, options.top_entropy_quantile)
 
     def loss_fn(params, micro: Rollout):
-        logps, entropies = score(params, update.cfg, micro.prompts, micro.completions, sampling, micro.vision_tokens)
+        given = (micro.prompts, micro.completions, sampling, micro.vision_tokens, micro.short)
+        logps, entropies = score(params, update.cfg, *given)
         mask = _flat(micro.completions.weights)
         loss, metrics = grpo_loss(
             _flat(logps),
