@@ -15,7 +15,7 @@ More SFT on the same questions, to compare with:
 """
 
 from jaxmllm.losses.grpo_options import GRPOOptions
-from jaxmllm.train.config import DataConfig, EvaluationConfig, OptimConfig, TrainConfig
+from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig
 
 PHOTOS = "coco:../shared/data/bccd/{}.json?order=left&task={}"
 
@@ -25,17 +25,16 @@ config = TrainConfig(
     model="runs/bccd_sft/export",
     trainable=r"(?!vision/).*",
     unroll=True,
-    batch_size=16,
-    max_steps=60,
+    batch_size=12,
+    max_steps=120,
     data=DataConfig(
-        train=(PHOTOS.format("train", "counting") + "&categories=WBC,Platelets&augment=10000",),
+        train=(PHOTOS.format("train", "counting") + "&augment=10000", PHOTOS.format("train", "counting")),
         eval=(PHOTOS.format("val", "detection"), PHOTOS.format("val", "counting")),
         eval_samples=1000,
         max_pixels=10_000,
     ),
     optim=OptimConfig(learning_rate=2e-4, lr_scheduler_type="constant", adam_beta2=0.98),
-    grpo=GRPOOptions(num_generations=8, max_completion_length=96, epsilon_high=0.28),
-    evaluation=EvaluationConfig(max_new_tokens=256),
+    grpo=GRPOOptions(num_generations=8, max_completion_length=256, epsilon_high=0.28),
     completions_steps=40,
     save_steps=40,
 )

@@ -18,7 +18,7 @@ config = TrainConfig(
     trainable=r"vision/.*|embed|warmup/.*",
     unroll=True,
     batch_size=16,
-    max_steps=600,
+    max_steps=1500,
     data=DataConfig(
         train=("coco:../shared/data/bccd/train.json?augment=10000",),
         max_pixels=10_000,
