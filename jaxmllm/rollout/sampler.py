@@ -208,6 +208,7 @@ def finish(state: State) -> Samples:
 def _to_the_end(
     params, cfg: ModelConfig, state: State, sampling: Sampling, stop_ids: tuple[int, ...], halvings: int
 ) -> Samples:
+    """Decodes until no completion is open; up to `halvings` times goes on with half of each device's prompts."""
     prompts, _, until = state.tokens.shape
     here = prompts // row_parts(state.tokens)
     run = functools.partial(advance, params, cfg, until=jnp.asarray(until), sampling=sampling, stop_ids=stop_ids)
