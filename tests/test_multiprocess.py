@@ -127,6 +127,20 @@ def test_two_processes(tmp_path, model):
     assert max(np.abs(value).max() for value in expected[1].values()) > 0
 
 
+def test_two_processes_with_completions_of_several_lengths(tmp_path, model):
+    """Sampling leaves finished prompts behind, and updates cut short ones apart: on every device by itself, the same run."""
+    short = shutil.copytree(model, tmp_path / "model")
+    told = json.loads((short / "config.json").read_text())
+    ends = {"eos_token_id": list(range(0, told["vocab_size"], 6))}  # one token in six ends a completion
+    (short / "config.json").write_text(json.dumps(told | ends))
+    options = {"mesh": {"fsdp": 2, "tensor": 2}, "sample_mesh": {"replica": 4, "fsdp": 1}}
+    one = Job(tmp_path / "one", short, 1, 1, max_steps=2, uneven=True)
+    two = Job(tmp_path / "two", short, 2, 2, max_steps=2, uneven=True, **options)
+    expected = finished(one)
+    assert_equal(finished(two), expected)
+    assert all(row["completions/min_length"] < 4 and row["completions/max_length"] > 8 for row in expected[0])
+
+
 MESHES = {
     "8x1": {"fsdp": 8},
     "4x2": {"fsdp": 4, "tensor": 2},
