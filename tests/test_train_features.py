@@ -119,8 +119,8 @@ def test_groups_that_teach_nothing_are_replaced(filtered):
     assert any(row["filter_groups/drawn"] > config.batch_size for row in rows)
     # rows of several batches were put together: each is still scored on its own prompt and picture
     assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-4
-    for step in (1, 2):
-        table = pq.read_table(folder / "completions" / f"completions_{step:05d}.parquet").to_pydict()
+    for number in (1, 2):
+        table = pq.read_table(folder / "completions" / f"completions_{number:05d}.parquet").to_pydict()
         assert len(table["completion"]) == 4 and all(table["advantage"])
         expected = [reward_functions.checksum(text, None) for text in table["completion"]]
         assert table["tests.reward_functions:mostly_alike"] == expected
