@@ -56,7 +56,7 @@ def parsed(tmp_path, flags: str) -> TrainConfig:
     return tyro.cli(TrainConfig, default=base, args=flags.split()).validate()
 
 
-def score(params, cfg, prompts, completions, sampling, vision_tokens=None):
+def score(params, cfg, prompts, completions, sampling, vision_tokens=None, short=0):
     """Stands for the model: log-probabilities and entropies that depend on one parameter and on the tokens."""
     x = params["w"] * (1 + completions.tokens.astype(jnp.float32)) / 8
     return -x, x**2
