@@ -2,17 +2,19 @@
 
     ./launch/local.sh jaxmllm train configs/bccd/grpo.py
 
-With the missing penalty: without it naming only the surest cells pays. Ten seconds of processor an update; in the first 13
-updates the reward did not rise yet, and no run has gone to its end. Its figures on photographs kept apart, in the words of
-the default COCO source:
+With the missing penalty: without it naming only the surest cells pays. No recommendation yet: in 60 updates on the crops and
+the whole photographs (500 s of processor) the sampled reward rose from 2.00 to 2.15 and its entropy fell from .86 to .68
+nats, but greedy answers got worse on val, AP from .240 to .183 (precision .46 to .49, recall .66 to .59). Figures on photographs
+kept apart, in the words of the default COCO source:
 
     ./launch/local.sh jaxmllm eval --model runs/bccd_grpo/export --data coco:../shared/data/bccd/val.json
 
 More SFT on the same questions, to compare with:
 
     ./launch/local.sh jaxmllm train configs/bccd/sft.py --name bccd_detection_sft --model runs/bccd_sft/export \\
-        --optim.learning_rate 5e-4 --max_steps 350 --data.weights 1 \\
-        --data.train "coco:../shared/data/bccd/train.json?order=left&task=detection&augment=10000"
+        --optim.learning_rate 5e-4 --max_steps 600 --data.weights 1 1 \\
+        --data.train "coco:../shared/data/bccd/train.json?order=left&task=detection&augment=10000" \\
+        "coco:../shared/data/bccd/train.json?order=left&task=detection"
 """
 
 from jaxmllm.losses.grpo_options import GRPOOptions
@@ -28,9 +30,9 @@ config = TrainConfig(
     trainable=r"(?!vision/).*",
     unroll=True,
     batch_size=8,
-    max_steps=40,
+    max_steps=60,
     data=DataConfig(
-        train=(PHOTOS.format("train", "detection") + "&augment=10000",),
+        train=(PHOTOS.format("train", "detection") + "&augment=10000", PHOTOS.format("train", "detection")),
         eval=(PHOTOS.format("val", "detection"), PHOTOS.format("val", "counting")),
         eval_samples=1000,
         max_pixels=10_000,

@@ -46,7 +46,7 @@ TASKS = {
 }
 RL_UPDATES = 60
 VIEWS = "augment=10000"
-BCCD = {"detection": ("configs/bccd/grpo.py", 350), "counting": ("configs/bccd/grpo_counting.py", 900)}
+BCCD = {"detection": ("configs/bccd/grpo.py", 600), "counting": ("configs/bccd/grpo_counting.py", 900)}
 # SFT updates meant to take the time of RL_UPDATES and more: a guess from 1.5 s and .5 s an update, until runs have measured it
 SFT_UPDATES = {"grounding": 200, "counting": 200, "detection": 200, "ocr": 200}
 SFT_RATE = "5e-4"

@@ -46,7 +46,7 @@ PAPER_RL = {
 }
 PHOTOS = {
     "detection": ("AP", "AP50", "AP75"),
-    "counting": ("accuracy", "accuracy/RBC", "accuracy/WBC", "accuracy/Platelets"),
+    "counting": ("accuracy", "mae", "accuracy/RBC", "accuracy/WBC", "accuracy/Platelets"),
 }
 
 
