@@ -3,12 +3,16 @@
 import contextlib
 import io
 import json
+import os
+import subprocess
 import sys
+import threading
 
+import jax
 import numpy as np
 import pytest
 
-from tests.benchmarks import accelerator, curve_vs_trl, roofline, scaling, side_by_side
+from tests.benchmarks import accelerator, curve_vs_trl, roofline, scaling, side_by_side, soak
 from tests.benchmarks.phases import STEP, Phases, Size, architecture
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -152,3 +156,33 @@ def test_curves_differ_only_beyond_their_noise():
     rows, agree = curve_vs_trl.agreement(np.array([[1.0, 2], [1, 4]]), np.array([[1.0, 3], [1, 5]]))
     assert agree and [row["difference"] for row in rows] == [0, -1]
     assert [row["error"] for row in rows] == [0, 1] and rows[0]["allowed"] == rows[1]["allowed"] > 1
+
+
+def test_soak_sees_what_a_run_holds(caplog):
+    before, stop = soak.look(os.getpid()), threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        with open(os.devnull) as _, open(os.devnull) as _:
+            after = soak.look(os.getpid())
+        assert child.pid in soak.family(os.getpid())
+    finally:
+        child.kill()
+        child.wait()
+        stop.set()
+        thread.join()
+    assert after["threads"] - before["threads"] >= 2 and after["files"] - before["files"] >= 5  # the child has three
+    assert after["memory_mib"] > before["memory_mib"] > 10
+    with jax.log_compiles():
+        jax.jit(lambda x: 3 * x + 41)(1.0)
+    assert soak.COMPILED.findall(caplog.text)
+
+
+def test_soak_quarters():
+    looks = [{"second": k, "memory_mib": 100 + k, "threads": 7, "files": 3 + (k == 2)} for k in range(8)]
+    row = soak.quarter(looks, [(1.0, "a"), (5.0, "b")], [0.5, 1.5, 3.9, 4.0], 0, 4)
+    assert row == {
+        **{"memory_mib": 101.5, "largest_mib": 103, "threads": 7, "files": 4, "compiled": 1, "updates": 3},
+        "seconds_an_update": 4 / 3,
+    }

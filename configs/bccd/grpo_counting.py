@@ -42,7 +42,7 @@ config = TrainConfig(
         eval_samples=1000,
         max_pixels=10_000,
     ),
-    optim=OptimConfig(learning_rate=2e-4, lr_scheduler_type="constant", adam_beta2=0.98),
+    optim=OptimConfig(learning_rate=3e-4, adam_beta2=0.98),
     grpo=GRPOOptions(num_generations=8, max_completion_length=256, epsilon_high=0.28),
     completions_steps=40,
     save_steps=40,
