@@ -120,7 +120,8 @@ def load(
     Raises InputError naming the file and the field when anything does not fit.
     """
     folder = resolve(path_or_hub_id)
-    cfg = dataclasses.replace(load_model_config(folder), **({"dtype": dtype} if dtype else {}), **run)
+    changes: dict[str, Any] = ({"dtype": dtype} if dtype else {}) | run
+    cfg = dataclasses.replace(load_model_config(folder), **changes)
     processor = Processor.from_pretrained(
         folder, cfg, min_pixels=min_pixels, max_pixels=max_pixels, max_prompt_length=max_prompt_length
     )
@@ -274,10 +275,10 @@ def score(
             raise InputError(f"conversation {i}: a completion holds token ids outside 0 .. {model.cfg.text.vocab_size - 1}")
     results: list[list[np.ndarray]] = []
     for first in range(0, len(examples), batch_size):
-        group = ids[first : first + batch_size]
+        some = ids[first : first + batch_size]
         prompts, rows = model.prepare(examples[first : first + batch_size], min(batch_size, len(examples)))
-        group = [*group, *[group[-1]] * (prompts.tokens.shape[0] - rows)]
-        batch: Completions = collate_completions(group, model.buckets)
+        some = [*some, *[some[-1]] * (prompts.tokens.shape[0] - rows)]
+        batch: Completions = collate_completions(some, model.buckets)
         if model.mesh is not None:
             batch = shard_batch(distributed.own_block(batch, model.mesh), model.mesh)
         logps, _ = score_jit(model.params, model.cfg, prompts, batch, sampling or Sampling())

@@ -350,7 +350,7 @@ def train(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {
+COMMANDS: dict[str, Any] = {
     "sample": sample,
     "score": score,
     "reflect": reflect,
@@ -359,7 +359,7 @@ COMMANDS = {
     "eval": evaluate,
     "report": report,
 }
-DATA_COMMANDS = {"preview": preview, "materialise": materialise}
+DATA_COMMANDS: dict[str, Any] = {"preview": preview, "materialise": materialise}
 
 
 def _keep_freed_memory() -> None:

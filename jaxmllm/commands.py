@@ -80,6 +80,7 @@ def reflect(
         task = {"task": "captioning"} if prompt is None else {"task": "question", "question": prompt}
         found: Any = [{"id": str(image), "images": [str(image)], **task}]
     else:
+        assert data is not None
         found = open_source(data)
         found = [found[k] for k in range(min(limit, len(found)))]
         for record in found:
@@ -178,7 +179,7 @@ def tpl(
     loaded = api.load(model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
     source = Sized(opened, loaded.processor.pixel_config)
     records = [source[k] for k in range(min(limit, len(source)))]
-    options = {"frames": frames or None, "single_mode": single_mode, "batch_size": batch_size, "seed": seed}
+    options: dict[str, Any] = {"frames": frames or None, "single_mode": single_mode, "batch_size": batch_size, "seed": seed}
     scores = temporal.temporal_scores(loaded, records, Asking({"style": style}), **options)
     kept = temporal.keep(scores, min_tokens)
     if out is not None:
@@ -247,6 +248,6 @@ def _write(out: Path, dialogues: Sequence[Mapping[str, Any]]) -> None:
             picture = load_image(image, str(dialogue["id"]))
             path = f"images/{hashlib.sha256(picture.tobytes()).hexdigest()[:16]}.png"
             picture.save(out / path)
-        rows.append(dialogue | {"image": path})
+        rows.append({**dialogue, "image": path})
     with JsonLines(out / "dialogues.jsonl") as file:
         file.append(rows)

@@ -257,7 +257,8 @@ def row_block(mesh: Mesh) -> tuple[int, int]:
     """
     parts = mesh.shape["replica"] * mesh.shape["fsdp"]
     held: dict[int, set[int]] = {}
-    for device, index in NamedSharding(mesh, BATCH).devices_indices_map((parts,)).items():
+    where: Mapping[Any, Any] = NamedSharding(mesh, BATCH).devices_indices_map((parts,))
+    for device, index in where.items():
         held.setdefault(device.process_index, set()).add(index[0].start or 0)
     blocks = sorted({tuple(sorted(rows)) for rows in held.values()})
     if sum(map(len, blocks)) != parts:

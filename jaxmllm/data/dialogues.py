@@ -105,7 +105,7 @@ def _answer(row: Mapping[str, Any], field: str) -> str:
 class Preferences(RowSource):
     """Rows of `preference`; `records` gives the chosen and the rejected answer as two chats with their `reward`."""
 
-    def __init__(self, rows: Rows, path: Path, root: Path):
+    def __init__(self, rows: Rows | Sequence[Record], path: Path, root: Path):
         super().__init__(rows, preference, path, root)
         self.kept: Sequence[int] = range(len(rows))
         if "turns" in rows[0]:  # a third of a reflection data set has one answer only

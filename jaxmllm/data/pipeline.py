@@ -144,7 +144,8 @@ def join_prompts(parts: Sequence[Prompts], picks: Sequence[tuple[int, int]], mer
         whole = np.full((len(picks), *shape), fill, leaves[0].dtype)
         for place, (part, row) in enumerate(picks):
             value = np.asarray(leaves[part][row])
-            whole[(place, *map(slice, value.shape))] = value
+            corner: tuple[Any, ...] = (place, *map(slice, value.shape))
+            whole[corner] = value
         return whole
 
     pictures = [part.vision for part in parts if part.vision is not None]

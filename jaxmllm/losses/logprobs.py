@@ -68,6 +68,8 @@ def warp(
     """Logits of the sampled distribution (not normalised); excluded tokens are MASKED. `seen`: tokens in the row so far."""
     x = jnp.asarray(logits, jnp.float32)
     if sampling.repetition_penalty != 1.0:
+        if seen is None:
+            raise ValueError("a repetition penalty needs `seen`, the tokens of the row")
         penalised = jnp.where(x > 0, x / sampling.repetition_penalty, x * sampling.repetition_penalty)
         x = jnp.where(seen, penalised, x)
     if sampling.temperature not in (0.0, 1.0):
@@ -174,12 +176,14 @@ def token_logprobs(
             seen = add_seen(seen, target[:, 0])
         return seen, tuple(a.reshape(target.shape) for a in outputs)
 
-    if penalised and seen is None:
-        raise ValueError("a repetition penalty needs `seen`, the tokens of the prompt")
-    seen = seen.reshape(rows, vocab) if penalised else None
+    start = None
+    if penalised:
+        if seen is None:
+            raise ValueError("a repetition penalty needs `seen`, the tokens of the prompt")
+        start = seen.reshape(rows, vocab)
     if sampling.filters:  # without, `_in_blocks` sees to it
         one_chunk = jax.checkpoint(one_chunk)
-    _, outputs = jax.lax.scan(one_chunk, seen, (split(hidden), split(targets)))
+    _, outputs = jax.lax.scan(one_chunk, start, (split(hidden), split(targets)))
     logps, entropies = (a.swapaxes(0, 1).reshape(rows, -1)[:, :length].reshape(*lead, length) for a in outputs)
     return logps, entropies
 

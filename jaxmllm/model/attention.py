@@ -148,8 +148,8 @@ def shared(
         valid = (place < prompt_lengths[:, None]) | (place >= prompt)
         return _splash(q, k, v, valid, prompt=prompt, own=own)
     first = causal(q[:, :prompt], k[:, :prompt], v[:, :prompt], kernel)
-    rest = (a[:, prompt:].reshape(b, groups, own, *a.shape[2:]) for a in (q, k, v))
-    out = completion(*rest, causal_mask(own)[None], k[:, :prompt], v[:, :prompt], prompt_lengths)
+    own_q, own_k, own_v = (a[:, prompt:].reshape(b, groups, own, *a.shape[2:]) for a in (q, k, v))
+    out = completion(own_q, own_k, own_v, causal_mask(own)[None], k[:, :prompt], v[:, :prompt], prompt_lengths)
     return jnp.concatenate([first, out.reshape(b, -1, *out.shape[3:])], axis=1)
 
 

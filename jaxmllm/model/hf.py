@@ -111,16 +111,24 @@ def _shapes(cfg: ModelConfig) -> dict:
     return jax.eval_shape(lambda key: qwen_vl.init(key, cfg), jax.random.key(0))
 
 
+def name_of(path: str) -> tuple[str, dict[str, str]]:
+    """The template of a parameter's Hugging Face name, and what its path puts into it. Raises KeyError for no parameter."""
+    for pattern, template in NAMES:
+        if found := re.fullmatch(pattern, path):
+            return template, {name: part.replace("/", ".") for name, part in found.groupdict().items()}
+    raise KeyError(path)
+
+
 def key_table(cfg: ModelConfig) -> dict[str, Entry]:
     """Hugging Face name -> Entry, for every tensor of the architecture."""
     table = {}
     for path, leaf in _leaves(abstract_params(cfg)):
         joined = "/".join(path)
-        pattern, template = next((p, t) for p, t in NAMES if re.fullmatch(p, joined))
-        groups = {k: v.replace("/", ".") for k, v in re.fullmatch(pattern, joined).groupdict().items()}
+        template, groups = name_of(joined)
         groups["leaf"] = {"kernel": "weight", "scale": "weight"}.get(groups.get("leaf", ""), groups.get("leaf", ""))
         stacked = "{layer}" in template
-        own = leaf.shape[1:] if stacked else leaf.shape
+        own: tuple[int, ...] = leaf.shape[1:] if stacked else leaf.shape
+        shape: tuple[int, ...]
         if joined == "vision/patch_embed/kernel":
             v = cfg.vision
             shape = (own[1], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
@@ -292,13 +300,14 @@ def _load_leaf(shape, dtype, sharding, tensors: list[tuple[Entry, Stored]]) -> j
     for entry, stored in tensors:
         for first, piece in _pieces(entry, stored):
             for bounds, buffer in buffers.items():
+                inside = list(bounds)
                 if entry.layer is not None:
-                    (low, high), *bounds = bounds
+                    low, high = inside.pop(0)
                     if not low <= entry.layer < high:
                         continue
                     buffer = buffer[entry.layer - low]
-                source, target = [slice(*b) for b in bounds], [slice(None)] * len(bounds)
-                low, high = bounds[entry.leading]
+                source, target = [slice(*b) for b in inside], [slice(None)] * len(inside)
+                low, high = inside[entry.leading]
                 start, stop = max(low, first), min(high, first + piece.shape[entry.leading])
                 if start < stop:
                     source[entry.leading] = slice(start - first, stop - first)
@@ -385,7 +394,7 @@ def save_params(
 def _finish(
     stage: Path, folder: Path, files: list[list[str]], total: int, config: dict, source, dtype: str, pixels
 ) -> None:
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(files):
         single = len(files) == 1
         name = "model.safetensors" if single else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"

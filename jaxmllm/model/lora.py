@@ -9,6 +9,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxmllm.errors import InputError
 from jaxmllm.mesh import tree_paths
-from jaxmllm.model.hf import MAX_LISTED, NAMES
+from jaxmllm.model.hf import MAX_LISTED, name_of
 
 DECODER_LINEARS = r"text/layers/.*(q|k|v|o|gate|up|down)_proj"
 UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")  # options of PEFT
@@ -107,8 +108,7 @@ def merge(params: dict) -> dict:
 
 def _peft_name(path: str, layer: int | None) -> str:
     """Module name in transformers >= 4.52's memory, which is what PEFT matches."""
-    pattern, template = next((p, t) for p, t in NAMES if re.fullmatch(p, path + "/kernel"))
-    groups = {k: v.replace("/", ".") for k, v in re.fullmatch(pattern, path + "/kernel").groupdict().items()}
+    template, groups = name_of(path + "/kernel")
     name = template.format(layer=layer, **(groups | {"leaf": ""})).rstrip(".")
     nested = re.sub(r"^visual\.", "model.visual.", re.sub(r"^model\.", "model.language_model.", name))
     return f"base_model.model.{nested}"
@@ -183,7 +183,8 @@ def load(params: dict, folder: str | Path) -> dict:
         if not any(f"{name}.lora_{which}.weight" in tensors for name in names for which in "AB"):
             continue
         width, *out = kernel.shape[1:] if _stacked(path) else kernel.shape
-        downs, ups = [], []
+        downs: list[Any] = []
+        ups: list[Any] = []
         for name in names:
             a, b = (tensors.pop(f"{name}.lora_{which}.weight", None) for which in "AB")
             if a is None or b is None:

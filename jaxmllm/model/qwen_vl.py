@@ -7,6 +7,7 @@ sampler reports and what the trainer scores agree to rounding.
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
@@ -40,13 +41,15 @@ def init(key: Key[Array, ""], cfg: ModelConfig) -> Params:
     return params
 
 
-def _variables(params: Params, part: str) -> dict:
-    return {"params": params[part], "lora": params.get("lora", {}).get(part, {})}
+def _apply(module: nn.Module, params: Params, part: str, *arguments, **named) -> Any:
+    """A module's outputs with its part of the parameters."""
+    variables = {"params": params[part], "lora": params.get("lora", {}).get(part, {})}
+    return module.apply(variables, *arguments, **named)
 
 
 def encode(params: Params, cfg: ModelConfig, vision: Vision) -> Float[Array, "B V D"]:
     """Images and videos to vision tokens. A frame's tokens are in window order; padding gives finite garbage."""
-    return Tower(cfg).apply(_variables(params, "vision"), vision)
+    return _apply(Tower(cfg), params, "vision", vision)
 
 
 def embed(params: Params, cfg: ModelConfig, tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
@@ -111,7 +114,7 @@ def forward(
         after = repeat(after, "b t -> b c (g t)", c=3, g=groups)
         positions = jnp.concatenate([positions, after], axis=2)
     decoder = Decoder(cfg, prompt_len=s, groups=groups)
-    hidden, _, _ = decoder.apply(_variables(params, "text"), x, positions, prompts.lengths)
+    hidden, _, _ = _apply(decoder, params, "text", x, positions, prompts.lengths)
     if completions is None:
         return hidden, None
     first = repeat(_last_hidden(hidden, prompts.lengths), "b d -> b g 1 d", g=groups)
@@ -130,7 +133,7 @@ def prefill(
     """The prompt's last hidden state and a cache with room for `max_new_tokens` tokens of each completion."""
     x = embed_prompts(params, cfg, prompts, vision_tokens)
     decoder = Decoder(cfg, prompt_len=x.shape[1], keep_prompt=True)
-    hidden, _, (k, v) = decoder.apply(_variables(params, "text"), x, prompts.positions, prompts.lengths)
+    hidden, _, (k, v) = _apply(decoder, params, "text", x, prompts.positions, prompts.lengths)
     own = (k.shape[0], k.shape[1], num_generations, max_new_tokens, *k.shape[3:])
     own_k, own_v = (lay_out(jnp.zeros(own, a.dtype), CACHE, prompts.tokens) for a in (k, v))
     cache = KVCache(k, v, prompts.lengths, prompts.next_position, own_k, own_v)
@@ -144,8 +147,10 @@ def decode(
     x = embed(params, cfg, tokens)
     position = jnp.broadcast_to((cache.next_position + step)[:, None, None], (x.shape[0], 3, x.shape[1]))
     decoder = Decoder(cfg, groups=tokens.shape[1])
-    hidden, (k, v), _ = decoder.apply(
-        _variables(params, "text"),
+    hidden, (k, v), _ = _apply(
+        decoder,
+        params,
+        "text",
         x,
         position,
         cache.prompt_lengths,

@@ -61,8 +61,12 @@ class Attention(nn.Module):
                 return jax.lax.dynamic_update_slice(all_layers, grouped(new)[None], (layer, 0, 0, shared.step, 0, 0))
 
             cache = write(cache[0], k), write(cache[1], v)
-            own = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
-            out = attention.completion(grouped(q), *own, shared.mask, *prompt_kv, shared.prompt_lengths)
+            own_k, own_v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
+            prompt_k, prompt_v = prompt_kv
+            assert shared.mask is not None
+            out = attention.completion(
+                grouped(q), own_k, own_v, shared.mask, prompt_k, prompt_v, shared.prompt_lengths
+            )
         return Linear((d,), use_bias=False, gain=RESIDUAL_GAIN, name="o_proj")(out.reshape(b, n, -1)), cache, kept
 
 

@@ -21,7 +21,7 @@ from jaxmllm.meshes import MeshTarget, check_layout, same_devices
 from jaxmllm.plan import hlo
 from jaxmllm.plan.programs import Phase, Programs, Sizes, architecture, sizes_of
 from jaxmllm.plan.roofline import Links, Times, links_of
-from jaxmllm.train.config import MeshConfig, TrainConfig
+from jaxmllm.train.config import MeshConfig, Remat, TrainConfig
 
 __all__ = ["PhasePlan", "Plan", "advise", "architecture", "plan", "search", "sizes_of"]
 GIB = 2**30
@@ -62,7 +62,7 @@ class Plan:
     sample: MeshConfig
     sizes: Sizes
     microbatch: int  # prompts in one pass of the update, over all devices
-    remat: str
+    remat: Remat
     memory: dict[str, float]  # bytes a device of what stays: parameters, optimiser, reference, sampler's copy, cache
     phases: list[PhasePlan]
     advice: list[str]  # what to change when it does not fit
@@ -203,8 +203,8 @@ def _phase_plan(
     if read.unknown_loops > (phase.steps > 1):
         raise RuntimeError(f"{phase.name}: {read.unknown_loops} loops of unknown length in the compiled program")
     collectives: dict[str, float] = {}
-    for message, times in cost.messages.items():
-        collectives[message.kind] = collectives.get(message.kind, 0.0) + times * message.size
+    for message, often in cost.messages.items():
+        collectives[message.kind] = collectives.get(message.kind, 0.0) + often * message.size
     times = Times(
         cost.flops / (chip.peak_tflops * 1e12),
         cost.bytes / (chip.hbm_gb_s * 1e9),

@@ -139,7 +139,7 @@ class Program:
     def _instruction(self, one: Instruction, scope: dict[str, Instruction], cost: Cost) -> None:
         code = one.opcode
         if code == "while":
-            condition, body = (re.search(rf"{part}=%?([\w.\-]+)", one.rest)[1] for part in ("condition", "body"))
+            condition, body = (_named(part, one.rest) for part in ("condition", "body"))
             cost.add(self._computation(body), self._trips(one, condition, body))
         elif code == "conditional":
             first, last = self._branches(one)
@@ -162,7 +162,7 @@ class Program:
         if listed := re.search(r"branch_computations=\{([^}]*)\}", one.rest):
             names = re.findall(r"%?([\w.\-]+)", listed[1])
             return names[0], names[-1]
-        true, false = (re.search(rf"{kind}_computation=%?([\w.\-]+)", one.rest)[1] for kind in ("true", "false"))
+        true, false = (_named(f"{kind}_computation", one.rest) for kind in ("true", "false"))
         return false, true
 
     def _trips(self, loop: Instruction, condition: str, body: str) -> int:
@@ -266,6 +266,14 @@ def _parameters(computation: dict[str, Instruction]) -> list[Instruction]:
     )
 
 
+def _named(attribute: str, text: str) -> str:
+    """The computation that an instruction's attribute names."""
+    found = re.search(rf"{attribute}=%?([\w.\-]+)", text)
+    if found is None:
+        raise ValueError(f"no {attribute} in {text}")
+    return found[1]
+
+
 def _through(one: Instruction, scope: dict[str, Instruction]) -> Instruction:
     while one.opcode in ("bitcast", "reshape", "copy", "convert") and one.operands and one.operands[0] in scope:
         one = scope[one.operands[0]]
@@ -275,9 +283,9 @@ def _through(one: Instruction, scope: dict[str, Instruction]) -> Instruction:
 def _bytes(one: Instruction, scope: dict[str, Instruction]) -> float:
     """Memory traffic of an instruction that is not fused: what it reads and what it returns."""
     if one.opcode in ("copy-start", "slice-start"):  # (from, to, token), or the other way round
-        read = scope[one.operands[0]].shape
+        source = _size(scope[one.operands[0]].shape)
         moved = min(_size(part, False) for part in _elements(one.shape)[:2])
-        return moved * bool(_size(read)) + moved * (_size(one.shape) > _size(read))
+        return moved * bool(source) + moved * (_size(one.shape) > source)
     if one.opcode == "dynamic-update-slice":
         return 2 * _size(scope[one.operands[1]].shape)
     read = sum(_size(scope[name].shape) for name in one.operands if name in scope)

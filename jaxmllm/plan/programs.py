@@ -142,7 +142,7 @@ class Programs:
         shapes = jax.eval_shape(self.tx.init, trained)
         _, placed = state_shardings(trained, shapes, self.train)
         reference = trained if config.method == "grpo" and config.grpo.beta > 0 and config.lora is None else None
-        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(self.train, P()))
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(self.train, P()))
         return TrainState(step, params, _with(shapes, placed), reference)
 
     # ------------------------------------------------------------ arguments
@@ -151,7 +151,7 @@ class Programs:
         s, v = self.sizes, self.cfg.vision
         b = rows or s.prompts
 
-        def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        def array(*shape: int, dtype: Any = jnp.int32) -> Any:
             return jax.ShapeDtypeStruct((b, *shape), dtype)
 
         place = (s.frames, s.windows, v.window_patches)
@@ -211,7 +211,7 @@ class Programs:
     def _grpo(self) -> list[Phase]:
         phases = []
         if self.copied:
-            program = layout.relayout(self.state.params, self.sample_mesh, self.cfg.dtype)
+            program: Any = layout.relayout(self.state.params, self.sample_mesh, self.cfg.dtype)
             phases.append(
                 Phase("relayout", lambda: program.lower(self.state.params), 0.0, beside=("optimiser", "reference"))
             )

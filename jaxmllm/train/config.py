@@ -15,6 +15,8 @@ from jaxmllm.model.lora import LoRAConfig
 from jaxmllm.tasks import answers
 from jaxmllm.tasks.detection import Weights
 
+Remat = Literal["none", "dots", "full", "offload"]  # what the backward pass computes again
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -141,7 +143,7 @@ class TrainConfig:
     lora: LoRAConfig | None = None
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matrix products
-    remat: Literal["none", "dots", "full", "offload"] = "none"
+    remat: Remat = "none"
     unroll: bool = False  # unroll the layer loop (small models on a CPU)
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()

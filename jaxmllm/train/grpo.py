@@ -205,13 +205,15 @@ class GRPO:
         block, _ = distributed.row_block(run.mesh)
         first = number * self.config.batch_size + block * len(batch.records)
         ids = shard_batch(np.arange(first, first + len(batch.records), dtype=np.int32), run.mesh)
+        length = self.options.max_completion_length
+        assert length is not None
         samples = sampler.sample(
             params,
             model.cfg,
             prompts,
             layout.move_rows(keys_of_rows(step_key, ids, g), run.sample_mesh),
             self.sampling(run),
-            max_new_tokens=self.options.max_completion_length,
+            max_new_tokens=length,
             stop_ids=model.stop_ids,
             pad_id=model.pad_id,
             vision_tokens=vision_tokens,
@@ -231,8 +233,8 @@ class GRPO:
         found = []
         for row, record in enumerate(batch.records):
             own = slice(row * g, (row + 1) * g)
-            arrays = (x[row] for x in (host.tokens, host.logps, host.lengths, host.stopped))
-            found.append(Group(record, *arrays, texts[own], table[own], parts[own]))
+            tokens, logps, count, ended = (x[row] for x in (host.tokens, host.logps, host.lengths, host.stopped))
+            found.append(Group(record, tokens, logps, count, ended, texts[own], table[own], parts[own]))
         clock.lap("reward")
         return found, self.rewards.failed
 
@@ -264,7 +266,7 @@ class GRPO:
             if max(distributed.from_all(longest)) <= width // 4:
                 order, short = by_length, width // 4
         elif run.update.skip_idle and not estimated.reshape(-1, g).any(1).all():
-            order = layout.idle_last(advantages.any(1), parts, cuts, microbatches)
+            order = layout.idle_last(np.any(advantages, axis=1), parts, cuts, microbatches)
         if order is not None:
             on_mesh = shard_batch(order % (b // parts), run.mesh)
             prompts, vision_tokens = layout.take_rows((prompts, vision_tokens), on_mesh, run.mesh)

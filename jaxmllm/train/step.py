@@ -70,11 +70,12 @@ def score(
         cut = jax.tree.map(lambda x: x[..., :short] if x.ndim == 3 else x, front[1])
         first = score(params, cfg, front[0], cut, sampling, front[2])
         pad = completions.tokens.shape[-1] - short
-        first = [jnp.pad(x, ((0, 0), (0, 0), (0, pad))) for x in first]
+        padded = [jnp.pad(x, ((0, 0), (0, 0), (0, pad))) for x in first]
         second = score(params, cfg, back[0], back[1], sampling, back[2])
-        logps, entropies = (_joined(a, b, parts) for a, b in zip(first, second, strict=True))
+        logps, entropies = (_joined(a, b, parts) for a, b in zip(padded, second, strict=True))
         return logps, entropies
     _, hidden = qwen_vl.forward(params, cfg, prompts, completions, vision_tokens)
+    assert hidden is not None
     seen = None
     if sampling.repetition_penalty != 1.0:
         seen = seen_tokens(prompts.tokens, prompts.lengths, cfg.text.vocab_size)
@@ -163,7 +164,8 @@ def apply_gradients(
     return state, loss, metrics | {"grad_norm": norm[None], "nonfinite": (~finite).astype(jnp.float32)[None]}
 
 
-def _flat(x: Float[Array, "B G *T"] | None) -> Float[Array, "BG *T"] | None:
+def _flat(x: Float[Array, "B G *T"] | None) -> Any:
+    """[B * G, *T], or None."""
     return None if x is None else x.reshape(-1, *x.shape[2:])
 
 

@@ -93,7 +93,7 @@ def warmup_batches(
     fields = tuple(pictures.fields)
 
     def pack(items: Sequence[dict[str, np.ndarray]]) -> WarmupBatch:
-        stacked = {name: np.stack([item[name] for item in items]) for name in items[0]}
+        stacked: dict[str, Any] = {name: np.stack([item[name] for item in items]) for name in items[0]}
         vision = Vision(stacked["patches"], stacked["positions"])
         return WarmupBatch(vision, {name: stacked[name] for name in fields}, stacked["boxes"])
 
@@ -148,7 +148,8 @@ class Warmup:
 
     def __init__(self, sources: Sequence[Targets], tokenizer: Any, token_index: np.ndarray):
         self.token_index = jnp.asarray(token_index)
-        largest = max(max(getattr(source, "spec", source).size) for source in sources)
+        shown: list[Any] = [getattr(source, "spec", source) for source in sources]
+        largest = max(max(one.size) for one in shown)
         pieces = [tokenizer.encode(str(n), add_special_tokens=False) for n in range(largest + 1)]
         if any(len(piece) != 1 for piece in pieces):
             raise InputError(f"vision_warmup: the tokenizer must write each of 0..{largest} as one token")
