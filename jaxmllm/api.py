@@ -283,7 +283,7 @@ def score(
             batch = shard_batch(distributed.own_block(batch, model.mesh), model.mesh)
         logps, _ = score_jit(model.params, model.cfg, prompts, batch, sampling or Sampling())
         host = distributed.whole(logps)
-        results += [[host[b, g, : len(c)] for g, c in enumerate(group[b])] for b in range(rows)]
+        results += [[host[b, g, : len(c)] for g, c in enumerate(some[b])] for b in range(rows)]
     return results
 
 

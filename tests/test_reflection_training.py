@@ -114,6 +114,43 @@ def test_preference(tmp_path, rows):
     assert lines[2]["rewards/margins"] > lines[1]["rewards/margins"] > 0 and lines[2]["rewards/accuracies"] == 1
 
 
+def lambda_loss(scores, psi) -> float:
+    """Sheet reper.md 4.4 for one prompt, in loops."""
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    discount = {i: np.log(1 + rank) for rank, i in enumerate(order, 1)}
+    total = 0.0
+    for i, better in enumerate(psi):
+        for j, worse in enumerate(psi):
+            if better > worse:
+                gain = abs(2**better - 2**worse)
+                total += gain * abs(1 / discount[i] - 1 / discount[j]) * np.log1p(np.exp(scores[j] - scores[i]))
+    return total
+
+
+@pytest.mark.parametrize("cuts", [1, 2])
+def test_ranking(tmp_path, rows, cuts):
+    """LiPO on all answers, of prompts that have two and three: the sheet's loss of the scorer's log-probabilities."""
+    path, found = rows
+    optim = OptimConfig(learning_rate=1e-3, lr_scheduler_type="constant", gradient_accumulation_steps=cuts)
+    base = config(
+        tmp_path, path, method="dpo", max_steps=2, dpo=DPOConfig(loss_type="lipo"), optim=optim,
+        data=DataConfig(train=(f"preference:{path}?answers=all",)),
+    )  # fmt: skip
+    lines = read_lines(train(base) / "metrics.jsonl")
+    psi = [[1.0, 0.2], [0.8, 0.4, 0.1]]
+    if cuts == 1:  # policy and reference agree; computed in other batches, rounding would order the answers
+        flat = [lambda_loss(np.zeros(len(p)), p) for p in psi]
+        assert lines[0]["loss"] == pytest.approx(np.mean(flat), rel=1e-4)
+    once = dataclasses.replace(base, max_steps=1, name="once", export=True)
+    before, after = (api.load(folder, dtype="float32") for folder in ("tiny", train(once) / "export"))
+    chats = [conversation({"image": str(path.parent / row["image"])}, row["question"]) for row in found]
+    said = [[turn["response"] + END for turn in reversed(row["turns"])] for row in found]
+    both = zip(api.score(after, chats, said), api.score(before, chats, said), strict=True)
+    scores = [[0.1 * (new - old).sum() for new, old in zip(*pair, strict=True)] for pair in both]
+    assert lines[1]["loss"] == pytest.approx(np.mean(list(map(lambda_loss, scores, psi))), rel=2e-3)
+    assert lines[1]["loss"] < lines[0]["loss"]
+
+
 def test_answers_that_are_not_preferred(tmp_path, rows):
     path, found = rows
     (tmp_path / "0.png").write_bytes((path.parent / "0.png").read_bytes())
@@ -124,7 +161,7 @@ def test_answers_that_are_not_preferred(tmp_path, rows):
     source = open_source(f"preference:{file}")
     assert len(source) == 2 and source.where(1).endswith("record 3")
     assert [(r["messages"][-1]["content"][0]["text"], r["reward"]) for r in source.records(0)] == [
-        ("It is at [10, 1].", 10.0), ("It is at [0, 0].", 2.0),
+        ("It is at [10, 1].", 1.0), ("It is at [0, 0].", 0.2),
     ]  # fmt: skip
     said = {"chosen": "It is at [10, 1].", "rejected": [{"role": "assistant", "content": "It is at [0, 0]."}]}
     trl = {"prompt": "Where is it?", "images": ["0.png"], **said}
@@ -143,6 +180,10 @@ def test_other_data_is_refused(tmp_path, rows):
         train(dataclasses.replace(base, data=DataConfig(train=("world:grounding",))))
     with pytest.raises(InputError, match="method dpo learns from preference: sources(.|\n)*beta must be above 0"):
         train(dataclasses.replace(base, method="dpo", dpo=DPOConfig(beta=0)))
+    with pytest.raises(InputError, match="answers=all goes with dpo.loss_type lipo"):
+        train(dataclasses.replace(base, method="dpo", data=DataConfig(train=("preference:x.jsonl?answers=all",))))
+    with pytest.raises(InputError, match="label_smoothing: goes with dpo.loss_type sigmoid"):
+        train(dataclasses.replace(base, method="dpo", dpo=DPOConfig(loss_type="lipo", label_smoothing=0.1)))
     with pytest.raises(InputError, match=r"questions_per_image(.|\n)*alpha = -1"):
         data = dataclasses.replace(base.data, questions_per_image=2)
         train(dataclasses.replace(base, data=data, unlikelihood=UnlikelihoodConfig(alpha=-1)))

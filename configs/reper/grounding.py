@@ -16,6 +16,11 @@ The best and the worst answer of the same dialogues as preferences (DPO):
 
     ./launch/local.sh jaxmllm train configs/reper/grounding.py --method dpo --name reper_dpo \\
         --data.train preference:runs/reflection/dialogues.jsonl --optim.learning-rate 2e-5
+
+The ranking of all of them (LiPO):
+
+    ./launch/local.sh jaxmllm train configs/reper/grounding.py --method dpo --name reper_lipo --dpo.loss_type lipo \\
+        --data.train "preference:runs/reflection/dialogues.jsonl?answers=all" --optim.learning-rate 2e-5
 """
 
 from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig, UnlikelihoodConfig

@@ -20,7 +20,7 @@ from jaxmllm.errors import InputError
 Conversation = list[dict[str, Any]]
 Turn = dict[str, Any]
 MAX_TURNS = 3  # answers of a training dialogue
-REWARDED_BY = ("vlm", "rule")  # a judge's 0..10 with reasons, or a rule's 0..1
+REWARDED_BY = {"vlm": 10.0, "rule": 1.0}  # and the largest reward: a judge's 0..10 with reasons, or a rule's 0..1
 
 
 def say(role: str, words: str, images: Iterable[Any] = ()) -> dict[str, Any]:
@@ -75,21 +75,21 @@ def reflection(row: Mapping[str, Any], root: Path) -> Record:
 
 
 def preference(row: Mapping[str, Any], root: Path) -> Record:
-    """Two answers to one question: TRL's `prompt`, `chosen`, `rejected` with `images`; or a row of `reflection`.
+    """Ranked answers to one question: TRL's `prompt`, `chosen`, `rejected` with `images`; or a row of `reflection`.
 
-    Of the latter the best and the worst answer, without what was said between them. The record is a chat that ends with
-    the chosen answer and keeps `answers`, texts with their rewards, the chosen one first.
+    Of the latter all answers, without what was said between them. The record is a chat that ends with the best answer and
+    keeps `answers`, texts with their rewards (0..1), the best one first.
     """
     if "turns" in row:
         record = reflection(row, root)
         ranked = sorted(record["turns"], key=lambda turn: -turn["reward"])
-        answers = [(turn["response"], turn["reward"]) for turn in (ranked[0], ranked[-1])]
+        answers = [(turn["response"], turn["reward"] / REWARDED_BY[record["source"]]) for turn in ranked]
         asked = record["messages"][:1]
     else:
         record = records.chat({key: value for key, value in row.items() if key not in ("chosen", "rejected")}, root)
         answers = [(_answer(row, "chosen"), 1.0), (_answer(row, "rejected"), 0.0)]
         asked = record["messages"]
-    if answers[0][1] <= answers[1][1]:
+    if answers[0][1] <= answers[-1][1]:
         raise InputError("turns: the answers have equal rewards, so none is preferred")
     return {"images": record["images"], "messages": [*asked, say("assistant", answers[0][0])], "answers": answers}
 
@@ -103,10 +103,11 @@ def _answer(row: Mapping[str, Any], field: str) -> str:
 
 
 class Preferences(RowSource):
-    """Rows of `preference`; `records` gives the chosen and the rejected answer as two chats with their `reward`."""
+    """Rows of `preference`; `records` gives the best and the worst answer, or `every` one, as chats with their `reward`."""
 
-    def __init__(self, rows: Rows | Sequence[Record], path: Path, root: Path):
+    def __init__(self, rows: Rows | Sequence[Record], path: Path, root: Path, every: bool = False):
         super().__init__(rows, preference, path, root)
+        self.every = every
         self.kept: Sequence[int] = range(len(rows))
         if "turns" in rows[0]:  # a third of a reflection data set has one answer only
             self.kept = [k for k in self.kept if len({turn.get("reward") for turn in rows[k].get("turns", ())}) > 1]
@@ -122,5 +123,6 @@ class Preferences(RowSource):
 
     def records(self, index: int) -> list[Record]:
         record = self[index]
-        asked = record["messages"][:-1]
-        return [{**record, "messages": [*asked, say("assistant", said)], "reward": r} for said, r in record["answers"]]
+        asked, ranked = record["messages"][:-1], record["answers"]
+        given = ranked if self.every else (ranked[0], ranked[-1])
+        return [{**record, "messages": [*asked, say("assistant", said)], "reward": r} for said, r in given]

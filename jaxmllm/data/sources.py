@@ -15,7 +15,8 @@
 | `records:FILE`               | rows that already are records of this library (task images)                        |
 | `reflection:FILE`            | dialogues of answers and feedback, which `jaxmllm reflect --out` writes (images)   |
 | `preference:FILE`            | two answers of which one is preferred: TRL's prompt / chosen / rejected / image(s),|
-|                              | or the best and worst answer of each reflection dialogue (images)                  |
+|                              | or the best and worst answer of each reflection dialogue (images; answers=all:     |
+|                              | every answer of it, for dpo.loss_type lipo)                                        |
 | `tfds:FOLDER`                | records of the world that its TFDS builder wrote to ArrayRecord (split)            |
 
 FILE is .jsonl, .json (a list) or .parquet (also a folder of shards), unless it says otherwise. Options are written
@@ -211,9 +212,10 @@ def open_reflection(path: str, images: str | None = None) -> Source:
     return _file(path, dialogues.reflection, "image", images)
 
 
-def open_preference(path: str, images: str | None = None) -> Source:
+def open_preference(path: str, images: str | None = None, answers: str = "pair") -> Source:
     found = _file(path, dialogues.preference, "image", images)
-    return dialogues.Preferences(found.rows, Path(found.name), found.root)
+    every = choose(answers, ("pair", "all"), "answers") == "all"
+    return dialogues.Preferences(found.rows, Path(found.name), found.root, every)
 
 
 def open_coco(

@@ -8,6 +8,7 @@ import runpy
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxmllm.data.dialogues import MAX_TURNS
 from jaxmllm.errors import InputError
 from jaxmllm.losses.grpo_options import GRPOOptions
 from jaxmllm.losses.logprobs import Sampling
@@ -100,10 +101,16 @@ class UnlikelihoodConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DPOConfig:
-    """Direct preference optimisation; names are TRL's. The reference is the model that the run starts from."""
+    """Preference optimisation; names are TRL's. The reference is the model that the run starts from."""
 
+    loss_type: Literal["sigmoid", "lipo"] = "sigmoid"  # DPO on the best and worst answer; LiPO-lambda on the whole ranking
     beta: float = 0.1
-    label_smoothing: float = 0.0  # chance that a pair is labelled the wrong way round, below 0.5
+    label_smoothing: float = 0.0  # sigmoid: chance that a pair is labelled the wrong way round, below 0.5
+
+    @property
+    def answers(self) -> int:
+        """Of each prompt, at most."""
+        return 2 if self.loss_type == "sigmoid" else MAX_TURNS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +230,10 @@ class TrainConfig:
             problems.append(f"unlikelihood.alpha = {self.unlikelihood.alpha}: must not be negative")
         if self.dpo.beta <= 0 or not 0 <= self.dpo.label_smoothing < 0.5:
             problems.append("dpo: beta must be above 0, label_smoothing at least 0 and below 0.5")
+        if self.dpo.loss_type == "lipo" and self.dpo.label_smoothing:
+            problems.append("dpo.label_smoothing: goes with dpo.loss_type sigmoid")
+        if kind == "preference" and self.dpo.answers == 2 and any("answers=all" in spec for spec in self.data.train):
+            problems.append("data.train: answers=all goes with dpo.loss_type lipo; sigmoid learns from pairs")
         return problems
 
     def _rollout_problems(self) -> list[str]:

@@ -189,7 +189,7 @@ def build(config: TrainConfig) -> Run:
             model.buckets,
             config.seed,
             asking=asking,
-            questions=2 if config.method == "dpo" else data.questions_per_image,  # chosen and rejected
+            questions=config.dpo.answers if config.method == "dpo" else data.questions_per_image,
             weigh=first_corner(model.tokenizer, data.first_corner_weight),
             **common,
         )

@@ -20,7 +20,7 @@ from jaxmllm.losses.correction import entropy_threshold
 from jaxmllm.losses.grpo_options import GRPOOptions
 from jaxmllm.losses.logprobs import Sampling, seen_tokens, token_logprobs
 from jaxmllm.losses.policy import grpo_loss, pool_metrics
-from jaxmllm.losses.preference import dpo_loss, implicit_rewards, widest_pair
+from jaxmllm.losses.preference import dpo_loss, implicit_rewards, lipo_lambda_loss, widest_pair
 from jaxmllm.losses.supervised import cross_entropy_sums
 from jaxmllm.losses.unlikelihood import (
     answer_turns,
@@ -322,21 +322,24 @@ def dpo_step(
     update: Update,
     options: DPOConfig,
 ) -> tuple[TrainState, Metrics]:
-    """One DPO update on each prompt's best and worst completion; metrics besides those of SFT are TRL's.
+    """One DPO or LiPO update on each prompt's completions; metrics besides those of SFT are TRL's, of best and worst.
 
-    `ref_logps`: log-probabilities of the completions under the reference.
+    `rewards`: 0..1, anything where a prompt has fewer completions. `ref_logps`: log-probabilities of the completions under
+    the reference.
     """
 
-    def pairs(rewards):
-        return jnp.sum(widest_pair(rewards)[2]).astype(jnp.float32)
+    def pairs(rewards, given):
+        return jnp.sum(widest_pair(rewards, given.lengths > 0)[2]).astype(jnp.float32)
 
-    total = jnp.maximum(pairs(rewards), 1)
+    total = jnp.maximum(pairs(rewards, completions), 1)
 
     def numerator(logps, micro):
         _, given, ranks, reference = micro
         scores = implicit_rewards(logps, reference, given.weights, options.beta)
-        loss, metrics = dpo_loss(scores, ranks, label_smoothing=options.label_smoothing)
-        count = pairs(ranks)
+        loss, metrics = dpo_loss(scores, ranks, given.lengths > 0, options.label_smoothing)
+        if options.loss_type == "lipo":
+            loss = lipo_lambda_loss(scores, ranks, given.lengths > 0)
+        count = pairs(ranks, given)
         return loss * count, {name: value * count / total for name, value in metrics.items()}
 
     batch = (prompts, completions, rewards, ref_logps)

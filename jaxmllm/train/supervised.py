@@ -52,6 +52,14 @@ def answer_sigmas(rows: Sequence[Sequence[Mapping[str, Any]]]) -> Float[np.ndarr
     return sigmas
 
 
+def answer_rewards(rows: Sequence[Sequence[Mapping[str, Any]]], answers: int) -> Float[np.ndarray, "B G"]:
+    """Reward of each ranked answer; 0 where a prompt has fewer."""
+    rewards = np.zeros((len(rows), answers), np.float32)
+    for row, ranked in enumerate(rows):
+        rewards[row, : len(ranked)] = [record["reward"] for record in ranked]
+    return rewards
+
+
 class Supervised:
     """Callable `(run, batch) -> metrics` that replaces `run.state`."""
 
@@ -68,7 +76,7 @@ class Supervised:
                 run.state, prompts, completions, sigmas, update=run.update, options=config.unlikelihood, spared=spared
             )
         elif config.method == "dpo":
-            rewards = np.array([[record["reward"] for record in pair] for pair in batch.records], np.float32)
+            rewards = answer_rewards(batch.records, config.dpo.answers)
             reference = reference_params(run.state, config.trainable)
             ref_logps, _ = score_jit(reference, run.model.cfg, prompts, completions, Sampling())
             run.state, metrics = dpo_step(
