@@ -25,7 +25,7 @@ from jaxmllm.plan.flops import count
 from jaxmllm.plan.hlo import Message
 from jaxmllm.plan.programs import Programs, Sizes
 from jaxmllm.plan.roofline import Links, Times
-from jaxmllm.train.config import MeshConfig, OptimConfig, TrainConfig
+from jaxmllm.train.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
 from jaxmllm.train.step import score
 from tests import tiny
 
@@ -393,6 +393,17 @@ def test_sampling_gathers_no_parameters(whole):
     assert whole.phase("decode").collectives["all-gather"] < 15 * logits * 1.1
     split_by_tensor = 4 * whole.parameters / 2
     assert split_by_tensor < whole.phase("update").collectives["all-gather"] < 3.5 * split_by_tensor
+
+
+def test_preferences():
+    """Two answers of each prompt: the reference scores them, and the update makes the products of SFT on as many answers."""
+    dpo = plan(small(method="dpo"), machine(), cfg=tiny.config(), mesh_name="here", **SIZES)
+    assert [phase.name for phase in dpo.phases] == ["score", "update"]
+    assert dpo.memory["reference"] == pytest.approx(dpo.memory["parameters"], rel=0.01)
+    twice = small(method="sft", data=DataConfig(questions_per_image=2))
+    sft = plan(twice, machine(), cfg=tiny.config(), mesh_name="here", **SIZES).phase("update")
+    assert dpo.phase("update").traced_flops == sft.traced_flops == pytest.approx(dpo.phase("update").flops, rel=0.35)
+    assert dpo.phase("update").useful_flops == 3 * dpo.phase("score").useful_flops
 
 
 def test_what_is_printed(whole, capsys):

@@ -25,7 +25,7 @@ from jaxmllm.rollout import layout, sampler
 from jaxmllm.runfiles import read_json
 from jaxmllm.train.config import TrainConfig
 from jaxmllm.train.optim import make_optimizer, split, state_shardings
-from jaxmllm.train.step import Rollout, Update, encode_jit, grpo_step, score, score_jit, sft_step
+from jaxmllm.train.step import Rollout, Update, dpo_step, encode_jit, grpo_step, score, score_jit, sft_step
 from jaxmllm.types import Completions, Prompts, TrainState, Vision
 
 STOPS = (0, 1)  # stop tokens: how many there are changes nothing
@@ -68,9 +68,10 @@ def sizes_of(config: TrainConfig, cfg: ModelConfig, vision_tokens: int, prompt_t
     # a picture that is nearly square, the usual worst case: its windows at two edges are only partly filled
     windows = math.ceil(math.sqrt(vision_tokens) / side) ** 2
     grpo = config.method == "grpo"
+    answers = {"grpo": config.grpo.num_generations, "dpo": config.dpo.answers}
     return Sizes(
         config.batch_size,
-        config.grpo.num_generations if grpo else config.data.questions_per_image,
+        answers.get(config.method, config.data.questions_per_image),
         1,
         buckets.fit("windows", windows),
         buckets.fit("prompt", prompt_tokens),
@@ -114,8 +115,6 @@ class Programs:
         )
         if config.method == "vision_warmup":
             raise InputError("method 'vision_warmup': there is no plan for it, it trains small towers")
-        if config.method == "dpo":
-            raise InputError("method 'dpo': there is no plan for it; that of 'sft' lacks the reference and its pass")
         self.tx = make_optimizer(config.optim, config.max_steps)
         # without `skip_idle`: a plan counts every group as one that teaches
         self.update = Update(self.cfg, self.tx, config.trainable, config.optim.gradient_accumulation_steps)
@@ -141,7 +140,8 @@ class Programs:
         trained, _ = split(params, config.trainable)
         shapes = jax.eval_shape(self.tx.init, trained)
         _, placed = state_shardings(trained, shapes, self.train)
-        reference = trained if config.method == "grpo" and config.grpo.beta > 0 and config.lora is None else None
+        compared = config.method == "dpo" or (config.method == "grpo" and config.grpo.beta > 0)
+        reference = trained if compared and config.lora is None else None
         step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(self.train, P()))
         return TrainState(step, params, _with(shapes, placed), reference)
 
@@ -198,7 +198,7 @@ class Programs:
 
     def phases(self) -> list[Phase]:
         """In the order in which they run."""
-        return self._grpo() if self.config.method == "grpo" else [self._sft()]
+        return {"grpo": self._grpo, "dpo": self._dpo}.get(self.config.method, self._sft)()
 
     @property
     def full_share(self) -> float:
@@ -222,18 +222,14 @@ class Programs:
         rollout = self.rollout()
         forward = self._forward(rollout.prompts, rollout.completions, rollout.vision_tokens)
         if self.config.grpo.beta:
-            inputs = (self.state.params, self.cfg, rollout.prompts, rollout.completions, self.sampling)
-            # the parameters it reads are the reference's: the policy's lie beside
-            phases.append(
-                Phase(
-                    "score",
-                    lambda: score_jit.lower(*inputs, rollout.vision_tokens),
-                    forward,
-                    forward,
-                    beside=("parameters", "optimiser") if self.config.lora is None else ("optimiser",),
-                )
-            )
+            phases.append(self._score(forward, rollout.prompts, rollout.completions, rollout.vision_tokens))
         return [*phases, self._update(rollout, forward)]
+
+    def _score(self, forward: float, prompts: Prompts, completions: Completions, tokens: Any = None) -> Phase:
+        """Under the reference: the parameters it reads are that one's, the policy's lie beside."""
+        inputs = (self.state.params, self.cfg, prompts, completions, self.sampling, tokens)
+        beside = ("parameters", "optimiser") if self.config.lora is None else ("optimiser",)
+        return Phase("score", lambda: score_jit.lower(*inputs), forward, forward, beside=beside)
 
     def _encode(self) -> Phase:
         params, pictures = self.state.params, self.prompts(self.train).vision
@@ -311,18 +307,26 @@ class Programs:
         where the weight is frozen (adapters)."""
         return (2 if self.config.lora is not None else 3) * forward
 
-    def _sft(self) -> Phase:
+    def _dpo(self) -> list[Phase]:
+        prompts, completions, s = self.prompts(self.train), self.completions(self.train), self.sizes
+        rewards = jax.ShapeDtypeStruct((s.prompts, s.generations), jnp.float32)
+        logps = jax.ShapeDtypeStruct((*rewards.shape, s.new_tokens), jnp.float32)
+        batch = (prompts, completions, *_put((rewards, logps), self.train))
+        options: dict[str, Any] = dict(update=self.update, options=self.config.dpo)
+        forward = self._forward(prompts, completions)
+        work = self._count(lambda state, *x: dpo_step(state, *x, **options), self.state, *batch)
+        update = Phase("update", lambda: dpo_step.lower(self.state, *batch, **options), work, self._needed(forward))
+        return [self._score(forward, prompts, completions), update]
+
+    def _sft(self) -> list[Phase]:
         prompts, completions = self.prompts(self.train), self.completions(self.train)
 
         def step(state, x, c):
             return sft_step(state, x, c, update=self.update, loss_norm=self.config.loss_norm)
 
         forward = self._forward(prompts, completions)
-        return Phase(
-            "update",
-            lambda: sft_step.lower(
-                self.state, prompts, completions, update=self.update, loss_norm=self.config.loss_norm
-            ),
-            self._count(step, self.state, prompts, completions),
-            self._needed(forward),
-        )
+        options: dict[str, Any] = dict(update=self.update, loss_norm=self.config.loss_norm)
+        work = self._count(step, self.state, prompts, completions)
+        return [
+            Phase("update", lambda: sft_step.lower(self.state, prompts, completions, **options), work, self._needed(forward))
+        ]
