@@ -5,8 +5,8 @@
 With the missing penalty: without it naming only the surest cells pays. No recommendation yet: in 60 updates on the crops and
 the whole photographs (500 s of processor) the sampled reward rose from 2.00 to 2.15 and its entropy fell from .86 to .68
 nats, but greedy answers got worse on val, AP from .240 to .183 (precision .46 to .49, recall .66 to .59). With a falling rate
-from 3e-4 and the weights 2, .5, .5 of F1, class and location it fell to .113. Figures on photographs
-kept apart, in the words of the default COCO source:
+from 3e-4 and the weights 2, .5, .5 of F1, class and location it fell to .113. Figures on photographs kept apart, in the
+words of the default COCO source:
 
     ./launch/local.sh jaxmllm eval --model runs/bccd_grpo/export --data coco:../shared/data/bccd/val.json
 
