@@ -4,6 +4,10 @@
 
 One stage holds the questions of both published ones: pre-training (tracking, referring, generic, short descriptions) and
 instruction tuning (the trajectory first, then the future), half of them with frames that are not shown.
+
+Half an hour on one core, which is too short: on 256 unseen clips the form is learned (.94), following hardly. The mean overlap
+with the whole trajectory is .21 [.17, .24] where copying the first box has .48, with the frames to come .16 [.12, .20] where
+going on at the last speed has .86.
 """
 
 from jaxmllm.train.config import DataConfig, EvaluationConfig, OptimConfig, TrainConfig
