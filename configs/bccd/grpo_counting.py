@@ -14,7 +14,8 @@ with the difference and its 95 % interval over seeds and photographs; "before" i
     detection, not asked
     AP                      .240     .158    .074    +.085 [.041, .127]
 
-Every seed has the sign of the first and of the last row. GRPO is closer, and forgets less of what it is not asked. More SFT on the same questions, to compare with:
+Every seed has the sign of the first and of the last row: GRPO is closer, and forgets less of what it is not asked. More SFT
+on the same questions, to compare with:
 
     ./launch/local.sh jaxmllm train configs/bccd/sft.py --name bccd_counting_sft --model runs/bccd_sft/export \\
         --optim.learning_rate 5e-4 --max_steps 900 --data.weights 1 1 \\

@@ -5,7 +5,8 @@
 The run is `jaxmllm train CONFIG` that evaluates, saves and writes completions all the time; it is told to stop (SIGTERM) when
 the hours are over, and must then have saved itself. Every few seconds its processes are read in /proc: resident memory,
 threads and open files, of all of them together. JAX itself says what it compiles. One row for each quarter of the time:
-medians of memory and threads, the most files, programs compiled, updates. The first quarter warms up. Needs Linux.
+medians of memory, threads and files, the most memory and files (a save opens some), programs compiled, updates. The first
+quarter warms up. Needs Linux.
 """
 
 import argparse
@@ -27,7 +28,7 @@ ALWAYS += ("--data.eval_samples", "64")
 EVERY = 5.0  # seconds between two looks
 SAVED = 75  # exit status of a run that was told to stop and has saved itself
 COMPILED = re.compile(r"Finished XLA compilation of (\S+)")
-COLUMNS = ("memory_mib", "largest_mib", "threads", "files", "compiled", "updates", "seconds_an_update")
+COLUMNS = ("memory_mib", "largest_mib", "threads", "files", "most_files", "compiled", "updates", "seconds_an_update")
 
 
 def family(pid: int) -> list[int]:
@@ -88,7 +89,8 @@ def quarter(looks: list[dict], compiled: list[tuple[float, str]], updates: list[
         "memory_mib": statistics.median(one["memory_mib"] for one in here),
         "largest_mib": max(one["memory_mib"] for one in here),
         "threads": statistics.median(one["threads"] for one in here),
-        "files": max(one["files"] for one in here),
+        "files": statistics.median(one["files"] for one in here),
+        "most_files": max(one["files"] for one in here),
         "compiled": sum(start <= second < end for second, _ in compiled),
         "updates": done,
         "seconds_an_update": (end - start) / done if done else math.nan,
