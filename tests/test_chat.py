@@ -1,7 +1,6 @@
 """Prompts against transformers' processor (text, ids, counts) and models (M-RoPE); batches against brute force."""
 
 import dataclasses
-import json
 import types
 
 import numpy as np
@@ -9,50 +8,26 @@ import pytest
 from PIL import Image
 
 from jaxmllm.data.chat import Buckets, Processor, collate, collate_completions, position_grid
-from jaxmllm.data.images import PixelConfig, image_frames, patchify, smart_resize
-from jaxmllm.data.video import VideoConfig
+from jaxmllm.data.images import image_frames, patchify, smart_resize
 from jaxmllm.errors import InputError
-from tests.test_images import MODEL, SHARED, noise
-
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if tools %}tools {{ tools | length }}{% endif %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+from tests.conversations import (
+    MARKERS,
+    PIXELS,
+    VIDEO,
+    image,
+    model_of,
+    random_conversation,
+    small_processor,
+    text,
+    user,
+    video,
 )
-MARKERS = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>"]
-TOKEN_FIELDS = ["image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"]
-PIXELS = PixelConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
-VIDEO = VideoConfig(PIXELS)
-
-
-def small_tokenizer(template=TEMPLATE, markers=MARKERS):
-    """Bytes and the markers, so that the tests need no file."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(marker, special=True, normalized=False) for marker in markers])
-    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template)
-
-
-def model_of(tokenizer, base=MODEL):
-    ids = [tokenizer.convert_tokens_to_ids(marker) for marker in MARKERS[:4]]
-    text = dataclasses.replace(base.text, vocab_size=len(tokenizer))
-    vision = dataclasses.replace(base.vision, tokens_per_second=4)
-    return dataclasses.replace(base, text=text, vision=vision, **dict(zip(TOKEN_FIELDS, ids, strict=True)))
+from tests.test_images import SHARED, noise
 
 
 @pytest.fixture(scope="module")
 def processor():
-    tokenizer = small_tokenizer()
-    return Processor(tokenizer, model_of(tokenizer), PIXELS, VIDEO)
+    return small_processor()
 
 
 @pytest.fixture(scope="module")
@@ -63,68 +38,6 @@ def real():
 
     tokenizer = AutoTokenizer.from_pretrained(str(SHARED / "tokenizer"))
     return Processor(tokenizer, model_of(tokenizer), PIXELS, VIDEO)
-
-
-def image(height, width, seed=0):
-    return {"type": "image", "image": Image.fromarray(noise(height, width, seed))}
-
-
-def video(frames, height, width, seed=0, **options):
-    array = np.stack([noise(height, width, seed + i) for i in range(frames)])
-    return {"type": "video", "video": array, **options}
-
-
-def text(words):
-    return {"type": "text", "text": words}
-
-
-def user(*parts):
-    return {"role": "user", "content": list(parts)}
-
-
-WORDS = [
-    "a cat",
-    " runs!",
-    "\n\n",
-    "数える",
-    " 42",
-    "émigré",
-    "<b>",
-    "  ",
-    "🙂",
-    "[0.5, 12]",
-    "\t",
-    "<|im",
-    "end|>",
-    "I'll",
-]
-
-
-def random_conversation(rng):
-    def words():
-        return "".join(rng.choice(WORDS, rng.integers(0, 8)))
-
-    def side():
-        return int(np.exp(rng.uniform(np.log(5), np.log(200))))
-
-    def part():
-        kind = rng.choice(["text", "text", "image", "video"])
-        seed = int(rng.integers(1000))
-        if kind == "text":
-            return text(words())
-        if kind == "image":
-            return image(side(), side(), seed)
-        return video(int(rng.integers(1, 8)), side(), side(), seed, fps=float(rng.choice([0.5, 1, 2, 3.7, 10, 24])))
-
-    messages = []
-    if rng.random() < 0.3:
-        messages.append({"role": "system", "content": words()})
-    for turn in range(rng.integers(1, 4)):
-        plain = rng.random() < 0.2
-        messages.append({"role": "user", "content": words() if plain else [part() for _ in range(rng.integers(0, 5))]})
-        if turn or rng.random() < 0.3:
-            messages.append({"role": "assistant", "content": rng.choice([words(), "ok"])})
-    return messages
 
 
 # ---------------------------------------------------------------- equal to transformers
@@ -374,89 +287,6 @@ def test_tools_and_generation_prompt_reach_the_template(processor):
     assert plain.text == "<|im_start|>user\na<|im_end|>\n"
     tools = [{"type": "function", "function": {"name": "zoom", "parameters": {}}}]
     assert processor.encode(conversation, tools=tools).text == plain.text + "tools 1<|im_start|>assistant\n"
-
-
-# ---------------------------------------------------------------- loading
-
-
-def checkpoint(folder, **changes):
-    """A folder with the files that preprocessing reads."""
-    small_tokenizer().save_pretrained(folder)
-    config = {
-        "model_type": "qwen2_5_vl",
-        "vocab_size": 300,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "rope_scaling": {"mrope_section": [1, 1, 2]},
-        "vision_config": {
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": 16,
-        },
-        **dict(zip(TOKEN_FIELDS, range(256, 260), strict=True)),
-        **changes,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 3136, "max_pixels": 50176}))
-    return folder
-
-
-def test_from_pretrained_reads_a_checkpoint_folder(tmp_path):
-    folder = checkpoint(tmp_path)
-    made = Processor.from_pretrained(folder)
-    assert (made.pixel_config.max_pixels, made.video_config.pixels.max_pixels) == (50176, 50176)
-    example = made.encode([user(image(448, 448), text("a"))])
-    assert example.vision[0].grid == (1, 16, 16)
-    made = Processor.from_pretrained(folder, made.model_config, max_pixels=3000, max_prompt_length=40)
-    assert made.video_config.pixels.max_pixels == made.pixel_config.max_pixels == 3000
-    assert made.max_prompt_length == 40
-
-
-def test_from_pretrained_refuses_what_does_not_fit(tmp_path):
-    folder = checkpoint(tmp_path)
-    for changes, message in [
-        ({"image_token_id": 7}, "wrong tokenizer: <|image_pad|> is 256 in it and 7 in config.json"),
-        ({"vocab_size": 100}, "wrong tokenizer: it has 262 entries"),
-        ({"model_type": "llava"}, "model_type is 'llava'"),
-    ]:
-        with pytest.raises(InputError) as error:
-            Processor.from_pretrained(checkpoint(tmp_path, **changes))
-        assert message in str(error.value)
-    checkpoint(tmp_path)
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content[-1].text }}"}))
-    with pytest.raises(InputError, match="chat template writes token 256 0 times"):
-        Processor.from_pretrained(folder)
-    (folder / "chat_template.json").unlink()
-    (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match="the tokenizer cannot be loaded"):
-        Processor.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    ("template", "markers", "message"),
-    [
-        (None, MARKERS, "no chat template"),
-        ("{{ messages[0].role }}", MARKERS, "writes token 256 0 times"),
-        (TEMPLATE + TEMPLATE, MARKERS, "writes token 256 2 times"),
-        ("{{ nothing.at.all }}", MARKERS, "template cannot render"),
-        (TEMPLATE, MARKERS[::-1], "wrong tokenizer: <|image_pad|> is 261 in it and 256"),
-        (TEMPLATE, MARKERS[4:], "wrong tokenizer: <|image_pad|> is None in it and 256"),
-    ],
-)
-def test_a_wrong_tokenizer_is_refused(template, markers, message, processor):
-    with pytest.raises(InputError) as error:
-        Processor(small_tokenizer(template, markers), processor.model_config, PIXELS)
-    assert message in str(error.value)
-
-
-def test_pixels_of_another_model_are_refused(processor):
-    with pytest.raises(InputError, match="window size"):
-        Processor(processor.tokenizer, processor.model_config, PixelConfig(patch_size=16))
 
 
 # ---------------------------------------------------------------- bad conversations
