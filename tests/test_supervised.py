@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
+from jaxmllm import api
 from jaxmllm.losses import supervised
+from jaxmllm.train.supervised import weigh_parts
 
 RNG = np.random.default_rng(0)
 LOGPS = -RNG.exponential(size=(2, 3, 5))  # prompts, completions, tokens
@@ -28,8 +31,10 @@ def test_value_gradient_and_masked_garbage(norm):
         value, gradient = loss(jnp.asarray(LOGPS), jnp.asarray(WEIGHTS))
         assert float(value) == pytest.approx(reference(LOGPS, WEIGHTS, norm), rel=1e-12)
         for index in np.ndindex(LOGPS.shape):
-            moved = [LOGPS + sign * 1e-6 * np.eye(LOGPS.size)[np.ravel_multi_index(index, LOGPS.shape)].reshape(2, 3, 5)
-                     for sign in (1, -1)]
+            moved = [
+                LOGPS + sign * 1e-6 * np.eye(LOGPS.size)[np.ravel_multi_index(index, LOGPS.shape)].reshape(2, 3, 5)
+                for sign in (1, -1)
+            ]
             slope = (reference(moved[0], WEIGHTS, norm) - reference(moved[1], WEIGHTS, norm)) / 2e-6
             assert float(gradient[index]) == pytest.approx(slope, abs=1e-8)
         for garbage in (np.nan, np.inf, -np.inf, 1e300):
@@ -67,3 +72,27 @@ def test_microbatches_padding_and_bfloat16(norm):
 def test_unknown_normaliser_is_refused():
     with pytest.raises(ValueError, match="sample or token"):
         supervised.cross_entropy(jnp.zeros((1, 1)), jnp.ones((1, 1)), "mean")
+
+
+IN_JSON = (
+    '```json\n[\n\t{"bbox_2d": [7, 27, 37, 57], "label": "large red square"},\n'
+    '\t{"bbox_2d": [9, 8, 24, 22], "label": "star"}\n]\n```'
+)
+IN_TOKENS = (
+    "<|object_ref_start|>large red square<|object_ref_end|><|box_start|>(7,27),(37,57)<|box_end|>"
+    "<|object_ref_start|>star<|object_ref_end|><|box_start|>(9,8),(24,22)<|box_end|>"
+)
+
+
+@pytest.mark.parametrize("answer", [IN_JSON, IN_TOKENS])
+def test_weights_of_first_corners_and_labels(answer):
+    tokenizer = AutoTokenizer.from_pretrained(str(api.TINY))
+    tokens = tokenizer.encode(answer, add_special_tokens=False)
+    weights = weigh_parts(tokenizer, 3.0, 4.0)({}, tokens)
+    written = [(tokenizer.decode([token]).strip(), weight) for token, weight in zip(tokens, weights, strict=True)]
+    chosen = [(piece.strip('"'), weight) for piece, weight in written if weight != 1]
+    named = [(word, 4.0) for word in ("large", "red", "square", "star")]
+    assert [pair for pair in chosen if pair[1] == 3] == [(number, 3.0) for number in ("7", "27", "9", "8")]
+    assert [pair for pair in chosen if pair[1] == 4] == named
+    assert weigh_parts(tokenizer, 1.0, 1.0) is None
+    assert set(weigh_parts(tokenizer, 3.0, 4.0)({}, tokenizer.encode("no box here"))) == {1.0}

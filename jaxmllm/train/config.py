@@ -35,6 +35,7 @@ class DataConfig:
     max_prompt_length: int = 1024  # tokens, vision included; a longer prompt is an error
     questions_per_image: int = 1  # SFT: questions that share one image and its prefix
     first_corner_weight: float = 1.0  # SFT: weight of the first two numbers of each box in the loss
+    label_weight: float = 1.0  # SFT: weight of the words of each label in the loss
     max_bad_records: int = 0  # records that may be unreadable before the run stops
     workers: int = 2  # threads that prepare batches ahead
 
@@ -224,8 +225,9 @@ class TrainConfig:
         problems = []
         if any(not spec.startswith(f"{kind}:") for spec in self.data.train):
             problems.append(f"data.train = {self.data.train}: method {self.method} learns from {kind}: sources")
-        if self.data.questions_per_image != 1 or self.data.first_corner_weight != 1:
-            problems.append(f"data.questions_per_image, data.first_corner_weight: must be 1 with method {self.method}")
+        for name in ("questions_per_image", "first_corner_weight", "label_weight"):
+            if getattr(self.data, name) != 1:
+                problems.append(f"data.{name}: must be 1 with method {self.method}")
         if self.unlikelihood.alpha < 0:
             problems.append(f"unlikelihood.alpha = {self.unlikelihood.alpha}: must not be negative")
         if self.dpo.beta <= 0 or not 0 <= self.dpo.label_smoothing < 0.5:

@@ -27,7 +27,7 @@ from jaxmllm.train.config import EvaluationConfig, TrainConfig
 from jaxmllm.train.grpo import GRPO
 from jaxmllm.train.optim import make_optimizer, split, state_shardings
 from jaxmllm.train.step import Update
-from jaxmllm.train.supervised import Supervised, first_corner
+from jaxmllm.train.supervised import Supervised, weigh_parts
 from jaxmllm.train.warmup import HEADS, Warmup, init_heads, warmup_batches
 from jaxmllm.types import TrainState
 
@@ -190,7 +190,7 @@ def build(config: TrainConfig) -> Run:
             config.seed,
             asking=asking,
             questions=config.dpo.answers if config.method == "dpo" else data.questions_per_image,
-            weigh=first_corner(model.tokenizer, data.first_corner_weight),
+            weigh=weigh_parts(model.tokenizer, data.first_corner_weight, data.label_weight),
             **common,
         )
         step = Supervised(config)

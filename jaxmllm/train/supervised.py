@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,24 +23,28 @@ if TYPE_CHECKING:
     from jaxmllm.train.setup import Run
 
 
-def first_corner(tokenizer: Any, weight: float) -> Weigh | None:
-    """Weighs the first two numbers after each opening bracket, which decide what object is meant. None for weight 1.
+# of a gold answer in JSON or in Qwen2-VL's tokens: x1 and y1 of each box; the words of each label
+FIRST_CORNER = re.compile(r"(?:\[|<\|box_start\|>\()(\d+)\D+?(\d+)")
+LABEL = re.compile(r'"label": "([^"]*)|<\|object_ref_start\|>([^<]*)')
 
-    Meant for tokenizers that write a number as one token.
+
+def weigh_parts(tokenizer: Any, corner: float, label: float) -> Weigh | None:
+    """Weights of an answer's tokens: `corner` where a box begins, which decides what object is meant, `label` where it is
+    named, 1 elsewhere. None where both are 1.
     """
-    if weight == 1:
+    if corner == label == 1:
         return None
     pieces = [tokenizer.decode([i]) for i in range(len(tokenizer))]
-    opening = {i for i, piece in enumerate(pieces) if piece.endswith("[")}
-    number = {i for i, piece in enumerate(pieces) if piece.strip().isdecimal()}
 
     def weigh(record: dict[str, Any], tokens: Sequence[int]) -> list[float]:
-        weights, expected = [], 0
-        for token in tokens:
-            chosen = expected > 0 and token in number
-            weights.append(weight if chosen else 1.0)
-            expected = 2 if token in opening else expected - chosen
-        return weights
+        written = [pieces[token] for token in tokens]
+        text, ends = "".join(written), np.cumsum([len(piece) for piece in written])
+        weights = np.ones(len(tokens))
+        for pattern, weight in ((FIRST_CORNER, corner), (LABEL, label)):
+            for start, end in (span for match in pattern.finditer(text) for span in match.regs[1:] if span[0] >= 0):
+                first, last = np.searchsorted(ends, (start, end - 1), side="right")
+                weights[first : last + 1] = weight
+        return weights.tolist()
 
     return weigh
 
