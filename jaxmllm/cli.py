@@ -341,7 +341,7 @@ def train(arguments: Sequence[str]) -> int:
             return EXIT_INTERRUPTED
     if not first:
         return 0
-    if config.data.eval:
+    if config.data.eval and config.eval_on_start:
         from jaxmllm.eval import measure, tables
 
         changes = measure.compare(folder / "eval" / "before", folder / "eval" / "after")

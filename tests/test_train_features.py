@@ -190,6 +190,12 @@ def test_best_checkpoint_is_kept_and_can_be_the_result(tmp_path, monkeypatch):
     ):
         with pytest.raises(InputError, match=message):
             train(dataclasses.replace(config, name=metric.replace("/", "_"), metric_for_best_model=metric))
+    # without an evaluation on start the next one tells
+    states.clear()
+    late = dataclasses.replace(config, name="late", eval_on_start=False, metric_for_best_model="world:counting/ap")
+    with pytest.raises(InputError, match="not measured"):
+        train(late)
+    assert list(states) == ["step_000001"]
 
 
 def test_no_room_for_a_checkpoint_is_told_before_it_is_begun(tmp_path, monkeypatch):

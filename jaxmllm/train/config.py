@@ -165,6 +165,7 @@ class TrainConfig:
     sample_mesh: MeshConfig | None = None  # layout of the same devices while sampling; None: as in training
     logging_steps: int = 1
     eval_steps: int = 0  # evaluate every so many updates; 0: only before and after
+    eval_on_start: bool = True  # evaluate before the first update
     save_steps: int = 100
     save_total_limit: int = 2
     metric_for_best_model: str = ""  # "<eval source>/<metric>"; its best checkpoint is kept too. Empty: the latest only

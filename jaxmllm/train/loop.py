@@ -119,13 +119,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
 
     with writer, trace, contextlib.closing(checkpoints), contextlib.closing(run.batches), contextlib.closing(run.step):
         with stop_flag() as stop:
-            if sources and start == 0:
-                found = evaluate(run, sources, "before")
-                if config.metric_for_best_model and config.metric_for_best_model not in found:
-                    raise InputError(
-                        f"metric_for_best_model = {config.metric_for_best_model!r}: not measured; use one of "
-                        + ", ".join(found)
-                    )
+            if sources and start == 0 and config.eval_on_start:
+                check_best(config.metric_for_best_model, evaluate(run, sources, "before"))
             step = start
             while step < config.max_steps and not stop:
                 if distributed.told_to_stop(step):
@@ -172,6 +167,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
                     log_completions(writer, step, run.step)
                 if config.eval_steps and step % config.eval_steps == 0 and step < config.max_steps:
                     found = evaluate(run, sources, f"step_{step:06d}")
+                    check_best(config.metric_for_best_model, found)
                     writer.log(step, {f"eval_{name}": value for name, value in found.items()})
                     save(found)
                 elif step % config.save_steps == 0:
@@ -199,6 +195,12 @@ def best_direction(metric: str, sources: dict[str, Any]) -> int:
             f"metric_for_best_model = {metric!r}: write <source>/<figure>, the sources are {', '.join(sources)}"
         )
     return measure.direction(figure) or 1
+
+
+def check_best(metric: str, found: dict[str, float]) -> None:
+    """InputError where an evaluation did not measure `metric`, the one that decides which checkpoint is best."""
+    if metric and metric not in found:
+        raise InputError(f"metric_for_best_model = {metric!r}: not measured; use one of {', '.join(found)}")
 
 
 def trailing(before: int, flags: list[bool]) -> int:

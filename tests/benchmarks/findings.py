@@ -170,6 +170,8 @@ class Job:
             *("jaxmllm", "train", self.case.config, "--name", self.key, "--output_dir", str(folder / "runs")),
             *("--seed", str(self.seed), *self.case.flags, *start),
             *("--logging_steps", "1", "--save_steps", "50", "--completions_steps", "1000", "--save_pictures", "0"),
+            # the arms of one start share their figures before: seed 0 tells them
+            *(("--no-eval_on_start",) if self.seed else ()),
             *(() if any(other.after == self.name for other in cases().values()) else ("--no-export",)),
         ]
 
@@ -209,10 +211,7 @@ def train(job: Job, folder: Path, core: int, before: Sequence[str]) -> None:
         "updates": len(steps),
         # processor time, of the median update: the first ones compile, and other programs may slow a machine down
         "seconds": statistics.median(steps) * len(steps),
-        **{
-            name: json.loads((run / "eval" / name / "metrics.json").read_text())["sources"]
-            for name in ("before", "after")
-        },
+        **{path.parent.name: json.loads(path.read_text())["sources"] for path in run.glob("eval/*/metrics.json")},
     }
     (folder / "results").mkdir(exist_ok=True)
     (folder / "results" / f"{job.key}.json").write_text(json.dumps(result, indent=1) + "\n")
