@@ -22,7 +22,6 @@ config = TrainConfig(
     max_steps=100,
     data=DataConfig(
         train=(f"{GROUNDING}&length=1000000", f"{COUNTING}&length=1000000"),
-        weights=(1.0, 1.0),
         eval=(f"{GROUNDING}&split=val", f"{COUNTING}&split=val"),
     ),
     optim=OptimConfig(learning_rate=2e-4, lr_scheduler_type="constant", adam_beta2=0.98),

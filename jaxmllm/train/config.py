@@ -195,7 +195,9 @@ class TrainConfig:
         if self.optim.learning_rate <= 0:
             problems.append(f"optim.learning_rate = {self.optim.learning_rate}: must be above 0")
         if self.data.weights and len(self.data.weights) != len(self.data.train):
-            problems.append(f"data.weights: {len(self.data.weights)} weights for {len(self.data.train)} sources")
+            problems.append(
+                f"data.weights = {self.data.weights}: needs one for each of data.train = {self.data.train}, or none"
+            )
         best, tokens = self.metric_for_best_model, self.evaluation.max_new_tokens
         if best and not (self.eval_steps and self.data.eval):
             problems.append(f"metric_for_best_model = {best!r}: needs eval_steps and data.eval to be measured")

@@ -72,7 +72,7 @@ class Case:
 def world(task: str, tokens: int) -> tuple[str, ...]:
     source = TASKS[task]
     return (
-        *("--data.train", f"{source}&length=1000000", "--data.weights", "1", "--data.eval", f"{source}&split=val"),
+        *("--data.train", f"{source}&length=1000000", "--data.eval", f"{source}&split=val"),
         *("--data.eval_samples", "512", "--grpo.max_completion_length", str(tokens)),
     )
 
