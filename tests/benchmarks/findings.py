@@ -84,7 +84,8 @@ def rl(group: str, task: str, *flags: str, updates: int = RL_UPDATES, thought: i
 
 def sft(group: str, task: str, *flags: str, updates: int, thought: int = 0) -> Case:
     recipe = (
-        *("--method", "sft", "--data.questions_per_image", "4", "--data.first_corner_weight", "3", "--data.label_weight", "4"),
+        *("--method", "sft", "--data.questions_per_image", "4"),
+        *("--data.first_corner_weight", "3", "--data.label_weight", "4"),
         *("--optim.learning_rate", SFT_RATE, "--optim.lr_scheduler_type", "linear", "--optim.warmup_steps", "10"),
     )
     common = (*world(task, TOKENS[task] + thought), "--max_steps", str(updates))
