@@ -384,20 +384,21 @@ def test_bad_input_gives_one_clear_error(tmp_path, change, message):
 
 def test_named_sources_pictures_and_groups(tmp_path, caplog):
     picture = Image.new("RGB", (640, 480), "red")
-    records = grounding_records(5, images=[picture], depth=1) + grounding_records(5, seed=1, depth=2)
+    records = grounding_records(20, images=[picture], depth=1) + grounding_records(20, seed=1, depth=2)
     records = [{**r, "id": i} for i, r in enumerate(records)]
     assert "original size" not in caplog.text
-    got = evaluate(
-        gold, {"a:b/../c": records, "plain": records[5:]}, out_dir=tmp_path, save_pictures=2, by="depth", n_resamples=20
-    )
+    sources = {"a:b/../c": records, "plain": records[20:]}
+    got = evaluate(gold, sources, out_dir=tmp_path, save_pictures=2, by="depth", n_resamples=20)
     assert set(got.sources) == {"a:b/../c", "plain"}
     assert got.sources["a:b/../c"].figures["Acc@0.5/2"].value == 1
     kept = [line["picture"] for line in read_lines(tmp_path / "predictions.jsonl")]
-    assert [path is not None for path in kept] == [True, True] + [False] * 13
+    assert [path is not None for path in kept] == [True, True] + [False] * 58
     assert all(Path(path).parent == Path("pictures") for path in kept[:2])
     with Image.open(tmp_path / kept[0]) as small:
         assert max(small.size) == 320
     assert caplog.text.count("original size") == 1
+    few = evaluate(gold, records[1:], out_dir=tmp_path / "few", by="depth", n_resamples=20)
+    assert "Acc@0.5/2" not in few.sources["grounding"].figures  # 19.5 records a group
 
 
 def test_a_chat_is_asked_without_its_last_answer_and_compared_with_it(tmp_path):

@@ -80,7 +80,7 @@ def evaluate(
         limit: first records of each source to ask; None: all.
         options: of the task's functions: `style`, `thinking`, `rules`, ..
         config: what else decides the completions (checkpoint, data, decoding); plain values or a dataclass.
-        by: record field; the main figures are also given for each of its values, where these have 5 records on average.
+        by: record field; the main figures are also given for each of its values, where these have 20 records on average.
             Counting: `label` unless given.
         save_pictures: first records of each source whose picture is kept.
         max_bad_records: records that may be unreadable; they are left out, with a warning.

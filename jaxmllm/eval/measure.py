@@ -32,7 +32,7 @@ PRIMARY = {
 }
 LOWER_IS_BETTER = re.compile(r"mae|edit_distance|repeat_4|(.*_)?[af]de")
 NEUTRAL = re.compile(r"boxes|words|said_match|mrr_chance|(static|velocity)_.*")  # no aims, or not the model's
-MAX_GROUPS, MIN_GROUP = 100, 5  # figures by group need so few groups, and so many records a group on average
+MAX_GROUPS, MIN_GROUP = 100, 20  # figures by group need so few groups, and so many records a group on average
 
 
 def direction(name: str) -> int:
