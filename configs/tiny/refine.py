@@ -14,7 +14,15 @@
     ./launch/local.sh jaxmllm convert runs/tiny_bfloat16 runs/tiny_shipped
 
 What was missing were not the eyes (the tower's tokens tell shapes at .993): the few words that name an object weighed little in
-the loss of a detection, and questions about one object taught to stop after one. FIGURES
+the loss of a detection, and questions about one object taught to stop after one. Greedy, on 256 unseen scenes each (val), before what is shipped is rounded
+to bfloat16; 50 minutes on one core in all:
+
+                                        before    names    relations    counting
+    grounding, Acc@0.5                    .957     .965         .973        .926
+    grounding by one relation, Acc@0.5    .631     .691         .883        .895
+    counting, accuracy                    .516     .531         .543        .734
+    detection, AP                         .512     .735         .794        .734
+    pages, F1 of words                    .433     .555         .594        .604
 """
 
 from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig
