@@ -13,30 +13,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxmllm.commands import reflect, tpl
-from jaxmllm.errors import InputError
+from jaxmllm.errors import EXIT_INPUT, InputError
 
 Many = tyro.conf.UseAppendAction
-EXIT_INPUT = 2
 
 
 def _console(quiet: bool = False) -> Any:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, quiet=quiet)
-
-
-def options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The arguments without the flags of these names, and the flags' values. Other flags are fields of the config."""
-    rest, found, given = [], {}, iter(arguments)
-    for one in given:
-        name, _, value = one.partition("=")
-        if name not in names:
-            rest.append(one)
-        elif not (value := value or next(given, "")):
-            raise InputError(f"{name}: a value is missing")
-        else:
-            found[name] = value
-    return rest, found
 
 
 def sample(
@@ -308,15 +293,12 @@ def materialise(
 
 def train(arguments: Sequence[str]) -> int:
     """`jaxmllm train CONFIG.py [--field value ...]`: dotted flags override the config's fields."""
-    from jaxmllm.train.config import TrainConfig, load_config
+    from jaxmllm.train.config import parse_command
 
     if not arguments or arguments[0].startswith("-"):
         print("usage: jaxmllm train CONFIG.py [--field value ...]   (--help after the config lists the fields)")
         return 0 if "--help" in arguments or "-h" in arguments else EXIT_INPUT
-    arguments, given = options(arguments, ("--mesh",))
-    config = load_config(arguments[0])
-    config = tyro.cli(TrainConfig, default=config, args=list(arguments[1:]), prog=f"jaxmllm train {arguments[0]}")
-    config.validate()
+    config, given = parse_command("train", arguments, ("--mesh",))
 
     import jax
 

@@ -3,3 +3,6 @@
 
 class InputError(ValueError):
     """A bad config, image, video, record, checkpoint or mesh. The message names the file and the field and says what to do."""
+
+
+EXIT_INPUT = 2  # exit status of a command that was given one

@@ -6,15 +6,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import tyro
 from rich.console import Console
 
-from jaxmllm.cli import EXIT_INPUT, options
-from jaxmllm.errors import InputError
+from jaxmllm.errors import EXIT_INPUT, InputError
 from jaxmllm.meshes import MeshTarget, load_mesh
 from jaxmllm.plan import Plan, report, search
 from jaxmllm.plan import plan as make_plan
-from jaxmllm.train.config import TrainConfig, load_config
+from jaxmllm.train.config import TrainConfig, parse_command
 
 EXIT_NO_FIT = 1
 VALUES = ("--mesh", "--vision_tokens", "--prompt_tokens", "--phases")
@@ -33,15 +31,12 @@ def plan(arguments: Sequence[str]) -> int:
       --search            try microbatches, remat policies and layouts, and plan the fastest that fits
       --json              everything as JSON
     """
-    rest, given = options(arguments, VALUES)
-    asked = {flag: flag in rest for flag in ("--json", "--search", "--help", "-h")}
-    rest = [one for one in rest if one not in asked]
-    if not rest or "--mesh" not in given:
+    asked = {flag: flag in arguments for flag in ("--json", "--search", "--help", "-h")}
+    rest = [one for one in arguments if one not in asked]
+    if not rest or not any(one.partition("=")[0] == "--mesh" for one in rest[1:]):
         print(plan.__doc__)
         return 0 if asked["--help"] or asked["-h"] else EXIT_INPUT
-    config = tyro.cli(
-        TrainConfig, default=load_config(rest[0]), args=rest[1:], prog=f"jaxmllm plan {rest[0]}"
-    ).validate()
+    config, given = parse_command("plan", rest, VALUES)
     target, log = load_mesh(given["--mesh"]), Console(stderr=True, highlight=False)
     sizes: dict[str, Any] = {"mesh_name": given["--mesh"]}
     for name in ("vision_tokens", "prompt_tokens"):

@@ -5,6 +5,7 @@ Option names are TRL's and transformers' where they have one.
 
 import dataclasses
 import runpy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,7 +105,9 @@ class UnlikelihoodConfig:
 class DPOConfig:
     """Preference optimisation; names are TRL's. The reference is the model that the run starts from."""
 
-    loss_type: Literal["sigmoid", "lipo"] = "sigmoid"  # DPO on the best and worst answer; LiPO-lambda on the whole ranking
+    loss_type: Literal["sigmoid", "lipo"] = (
+        "sigmoid"  # DPO on the best and worst answer; LiPO-lambda on the whole ranking
+    )
     beta: float = 0.1
     label_smoothing: float = 0.0  # sigmoid: chance that a pair is labelled the wrong way round, below 0.5
 
@@ -293,3 +296,25 @@ def load_config(path: str | Path) -> TrainConfig:
     if not isinstance(config, TrainConfig):
         raise InputError(f"{path}: must define `config`, a jaxmllm.train.config.TrainConfig")
     return config
+
+
+def parse_command(
+    command: str, arguments: Sequence[str], names: Sequence[str] = ()
+) -> tuple[TrainConfig, dict[str, str]]:
+    """`jaxmllm COMMAND CONFIG.py [--field value ...]`: the config, valid, and the values of the flags called `names`.
+
+    All other flags override the config's fields. `arguments` begins with the file.
+    """
+    import tyro
+
+    path, fields, given, rest = arguments[0], [], {}, iter(arguments[1:])
+    for one in rest:
+        name, _, value = one.partition("=")
+        if name not in names:
+            fields.append(one)
+        elif not (value := value or next(rest, "")):
+            raise InputError(f"{name}: a value is missing")
+        else:
+            given[name] = value
+    config = tyro.cli(TrainConfig, default=load_config(path), args=fields, prog=f"jaxmllm {command} {path}")
+    return config.validate(), given

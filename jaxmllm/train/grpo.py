@@ -1,11 +1,9 @@
 """One GRPO step: draw G completions of every prompt, reward them, update the policy on them."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +25,9 @@ from jaxmllm.rollout import layout, sampler
 from jaxmllm.train import rewards
 from jaxmllm.train.config import TrainConfig
 from jaxmllm.train.optim import reference_params, split
+from jaxmllm.train.run import Run
 from jaxmllm.train.step import Rollout, encode_jit, grpo_step, score_jit
 from jaxmllm.types import Completions, Prompts
-
-if TYPE_CHECKING:
-    from jaxmllm.train.setup import Run
 
 
 @dataclasses.dataclass

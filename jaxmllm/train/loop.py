@@ -24,7 +24,8 @@ from jaxmllm.train.config import TrainConfig
 from jaxmllm.train.grpo import GRPO
 from jaxmllm.train.metrics import MetricsWriter, record_start
 from jaxmllm.train.profiling import Trace
-from jaxmllm.train.setup import Run, build, eval_options, eval_sources, generator, host_scalars
+from jaxmllm.train.run import Run
+from jaxmllm.train.setup import build, eval_options, eval_sources, generator, host_scalars
 from jaxmllm.train.warmup import HEADS
 
 log = logging.getLogger(__name__)

@@ -26,30 +26,11 @@ from jaxmllm.train.box_targets import BoxTargets
 from jaxmllm.train.config import EvaluationConfig, TrainConfig
 from jaxmllm.train.grpo import GRPO
 from jaxmllm.train.optim import make_optimizer, split, state_shardings
+from jaxmllm.train.run import Run, Step
 from jaxmllm.train.step import Update
 from jaxmllm.train.supervised import Supervised, weigh_parts
 from jaxmllm.train.warmup import HEADS, Warmup, init_heads, warmup_batches
 from jaxmllm.types import TrainState
-
-
-@dataclasses.dataclass
-class Run:
-    """Everything the loop needs; `state` is replaced at every update."""
-
-    config: TrainConfig
-    mesh: Mesh
-    model: api.Model  # its params are the initial ones; the loop's are in `state`
-    state: TrainState
-    update: Update
-    batches: Any  # iterator with get_state, set_state and close
-    asking: Asking  # in training
-    step: GRPO | Supervised | Warmup  # (run, batch) -> metrics; replaces `state`
-    sample_mesh: Mesh  # the same devices as `mesh`, laid out for sampling
-
-    @property
-    def frozen_tower(self) -> bool:
-        train, _ = split(self.state.params, self.config.trainable)
-        return "vision" not in train and "vision" not in train.get("lora", {})
 
 
 def build_mesh(config: TrainConfig) -> Mesh:
@@ -175,7 +156,7 @@ def build(config: TrainConfig) -> Run:
         agree=agree_with_all if jax.process_count() > 1 else None,
     )
     batches: Any
-    step: GRPO | Supervised | Warmup
+    step: Step
     if config.method == "grpo":
         batches = rl_batches(
             _mixture(config), model.processor, config.batch_size, model.buckets, config.seed, asking=asking, **common

@@ -1,10 +1,8 @@
 """Steps on given answers: cross-entropy, reflective unlikelihood, DPO; answers about an image share its prefix."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -17,11 +15,8 @@ from jaxmllm.mesh import shard_batch
 from jaxmllm.rollout.reflect import dialogue_sigma
 from jaxmllm.train.config import TrainConfig
 from jaxmllm.train.optim import reference_params
+from jaxmllm.train.run import Run
 from jaxmllm.train.step import dpo_step, score_jit, sft_step, unlikelihood_step
-
-if TYPE_CHECKING:
-    from jaxmllm.train.setup import Run
-
 
 # of a gold answer in JSON or in Qwen2-VL's tokens: x1 and y1 of each box; the words of each label
 FIRST_CORNER = re.compile(r"(?:\[|<\|box_start\|>\()(\d+)\D+?(\d+)")

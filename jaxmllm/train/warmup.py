@@ -23,6 +23,7 @@ from jaxmllm.errors import InputError
 from jaxmllm.mesh import shard_batch
 from jaxmllm.model import qwen_vl
 from jaxmllm.train.box_targets import BoxTargets
+from jaxmllm.train.run import Run
 from jaxmllm.train.step import Update, apply_gradients
 from jaxmllm.types import TrainState, Vision
 from jaxmllm.world.source import WorldSource
@@ -160,7 +161,7 @@ class Warmup:
             for name, words in word_fields(sources).items()
         )
 
-    def __call__(self, run: Any, batch: WarmupBatch) -> dict[str, Any]:
+    def __call__(self, run: Run, batch: WarmupBatch) -> dict[str, Any]:
         batch = shard_batch(batch, run.mesh)
         run.state, metrics = warmup_step(
             run.state,
