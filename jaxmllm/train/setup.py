@@ -15,8 +15,9 @@ from jaxmllm.data.chat import Processor
 from jaxmllm.data.examples import Asking, Sized
 from jaxmllm.data.images import PixelConfig
 from jaxmllm.data.pipeline import agree_with_all, rl_batches, sft_batches
-from jaxmllm.data.sources import RecordSource, open_source
+from jaxmllm.data.sources import RecordSource, all_records, open_source
 from jaxmllm.distributed import row_block
+from jaxmllm.errors import InputError
 from jaxmllm.eval.harness import Generate
 from jaxmllm.mesh import make_mesh, param_shardings
 from jaxmllm.meshes import same_devices
@@ -163,8 +164,11 @@ def build(config: TrainConfig) -> Run:
         )
         step = GRPO(config)
     elif config.method != "vision_warmup":
+        mixture = _mixture(config)
+        if config.method == "sft":
+            _check_questions(mixture, data.questions_per_image)
         batches = sft_batches(
-            _mixture(config),
+            mixture,
             model.processor,
             config.batch_size,
             model.buckets,
@@ -188,6 +192,17 @@ def _mixture(config: TrainConfig) -> RecordSource:
     if config.data.weights:
         specs = [f"{s}{'&' if '?' in s else '?'}weight={w}" for s, w in zip(specs, config.data.weights, strict=True)]
     return open_source(specs if len(specs) > 1 else specs[0])
+
+
+def _check_questions(source: RecordSource, wanted: int, looks: int = 16) -> None:
+    """InputError where no picture seems to have as many questions: the rest would be empty answers, which cost the same."""
+    if wanted > 1 and len(source):
+        most = max(len(all_records(source, k * len(source) // looks)) for k in range(looks))
+        if most < wanted:
+            raise InputError(
+                f"data.questions_per_image = {wanted}: of {looks} pictures looked at in data.train none has more than {most}; "
+                f"set it to {most}, or write questions={wanted} in a world: source"
+            )
 
 
 def host_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:

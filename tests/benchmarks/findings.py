@@ -51,6 +51,7 @@ BCCD = {"detection": ("configs/bccd/grpo.py", 600), "counting": ("configs/bccd/g
 # tells what both took
 SFT_UPDATES = {"grounding": 130, "counting": 150, "detection": 150, "ocr": 130}
 SFT_RATE = "5e-4"
+QUESTIONS = 4  # of SFT about a picture, which they share
 TOKENS = {"grounding": 32, "counting": 64, "detection": 96, "ocr": 32}  # of the longest answer, and to spare
 THOUGHT = 16  # tokens more for the tags of a thinking format
 
@@ -69,10 +70,10 @@ class Case:
 # ---------------------------------------------------------------- cases
 
 
-def world(task: str, tokens: int) -> tuple[str, ...]:
+def world(task: str, tokens: int, options: str = "") -> tuple[str, ...]:
     source = TASKS[task]
     return (
-        *("--data.train", f"{source}&length=1000000", "--data.eval", f"{source}&split=val"),
+        *("--data.train", f"{source}{options}&length=1000000", "--data.eval", f"{source}&split=val"),
         *("--data.eval_samples", "512", "--grpo.max_completion_length", str(tokens)),
     )
 
@@ -84,11 +85,11 @@ def rl(group: str, task: str, *flags: str, updates: int = RL_UPDATES, thought: i
 
 def sft(group: str, task: str, *flags: str, updates: int, thought: int = 0) -> Case:
     recipe = (
-        *("--method", "sft", "--data.questions_per_image", "4"),
+        *("--method", "sft", "--data.questions_per_image", str(QUESTIONS)),
         *("--data.first_corner_weight", "3", "--data.label_weight", "4"),
         *("--optim.learning_rate", SFT_RATE, "--optim.lr_scheduler_type", "linear", "--optim.warmup_steps", "10"),
     )
-    common = (*world(task, TOKENS[task] + thought), "--max_steps", str(updates))
+    common = (*world(task, TOKENS[task] + thought, f"&questions={QUESTIONS}"), "--max_steps", str(updates))
     return Case(group, QUICKSTART, (*common, *recipe, *flags))
 
 
