@@ -12,8 +12,8 @@ with the command, the figures before and after, and the processor time of its up
 Worlds: grainy scenes (noise of 18 levels, as in configs/quickstart.py), which the embedded model has not seen. RL: 128 answers an
 update (16 prompts x 8 unless the case says otherwise), rewards alone. SFT: gold answers for the same scenes, four questions a
 picture, with the recipe that trained the embedded model at half its rate. Both arms start from the same weights and
-have the tower frozen, and the numbers of updates are chosen for SFT to get at least the processor time of RL; the table tells
-both.
+have the tower frozen, and the numbers of updates are chosen for both to take about the same processor time, which the table
+tells (in detection SFT gets two thirds of it).
 
 The photographs (`bccd`) are blood cells in COCO JSON, ../shared/data/bccd unless BCCD names another folder; see configs/bccd.
 """
@@ -47,8 +47,7 @@ TASKS = {
 RL_UPDATES = 60
 VIEWS = "augment=10000"
 BCCD = {"detection": ("configs/bccd/grpo.py", 600), "counting": ("configs/bccd/grpo_counting.py", 900)}
-# SFT updates that take at least the time of RL_UPDATES: about half as long each, .5 to 1.2 s against 1 to 1.9 s; the table
-# tells what both took
+# SFT updates that take about the time of RL_UPDATES: .4 to .9 s each against .7 to 3 s
 SFT_UPDATES = {"grounding": 130, "counting": 150, "detection": 150, "ocr": 130}
 SFT_RATE = "5e-4"
 QUESTIONS = 4  # of SFT about a picture, which they share
