@@ -14,8 +14,8 @@
     ./launch/local.sh jaxmllm convert runs/tiny_bfloat16 runs/tiny_shipped
 
 What was missing were not the eyes (the tower's tokens tell shapes at .993): the few words that name an object weighed little in
-the loss of a detection, and questions about one object taught to stop after one. Greedy, on 256 unseen scenes each (val), before what is shipped is rounded
-to bfloat16; 50 minutes on one core in all:
+the loss of a detection, and questions about one object taught to stop after one. Fifty minutes on one core in all. Greedy, on
+256 unseen scenes each (val), before what is shipped is rounded to bfloat16:
 
                                         before    names    relations    counting
     grounding, Acc@0.5                    .957     .965         .973        .926
