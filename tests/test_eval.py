@@ -267,7 +267,7 @@ def test_gold_answers_score_one_in_original_pixels(tmp_path, style):
 
 
 def test_figures_are_the_tasks_own_and_files_say_the_same(tmp_path):
-    records = grounding_records(12) + counting_records(20)
+    records = grounding_records(12) + counting_records(40)
     texts = dict(zip([r["id"] for r in records], gold(records), strict=True))
     texts |= {"g0": "no box", "g1": '[{"bbox_2d": [0, 0, 500, 500], "label": "x"}]', "c0": texts["c1"], "c3": ""}
     got = evaluate(lambda b: [texts[r["id"]] for r in b], records, out_dir=tmp_path, batch_size=5, n_resamples=100)
