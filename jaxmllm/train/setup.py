@@ -1,5 +1,6 @@
 """What a run is made of: model on the mesh, optimiser, data, checkpoints, all from one config."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -196,13 +197,17 @@ def _mixture(config: TrainConfig) -> RecordSource:
 
 def _check_questions(source: RecordSource, wanted: int, looks: int = 16) -> None:
     """InputError where no picture seems to have as many questions: the rest would be empty answers, which cost the same."""
-    if wanted > 1 and len(source):
-        most = max(len(all_records(source, k * len(source) // looks)) for k in range(looks))
-        if most < wanted:
-            raise InputError(
-                f"data.questions_per_image = {wanted}: of {looks} pictures looked at in data.train none has more than {most}; "
-                f"set it to {most}, or write questions={wanted} in a world: source"
-            )
+    if wanted == 1 or not len(source):
+        return
+    found = []
+    for k in range(looks):
+        with contextlib.suppress(InputError):  # a bad record: the pipeline's to judge
+            found.append(len(all_records(source, k * len(source) // looks)))
+    if found and (most := max(found)) < wanted:
+        raise InputError(
+            f"data.questions_per_image = {wanted}: of {looks} pictures looked at in data.train none has more than {most}; "
+            f"set it to {most}, or write questions={wanted} in a world: source"
+        )
 
 
 def host_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
