@@ -49,8 +49,10 @@ VIEWS = "augment=10000"
 BCCD = {"detection": ("configs/bccd/grpo.py", 600), "counting": ("configs/bccd/grpo_counting.py", 580)}
 # SFT updates that take about the time of RL_UPDATES: .4 to .9 s each against .7 to 3 s
 SFT_UPDATES = {"grounding": 130, "counting": 150, "detection": 150, "ocr": 130}
+FEW_UPDATES = {"grounding": 200, "counting": 200}
 SFT_RATE = "5e-4"
 QUESTIONS = 4  # of SFT about a picture, which they share
+FEW = 64  # pictures of the arms that have no more
 TOKENS = {"grounding": 32, "counting": 64, "detection": 96, "ocr": 32}  # of the longest answer, and to spare
 THOUGHT = 16  # tokens more for the tags of a thinking format
 
@@ -92,6 +94,11 @@ def sft(group: str, task: str, *flags: str, updates: int, thought: int = 0) -> C
     return Case(group, QUICKSTART, (*common, *recipe, *flags))
 
 
+def few(task: str) -> tuple[str, ...]:
+    """The same pictures with one question each, again and again."""
+    return ("--data.train", f"{TASKS[task]}&length={FEW}", "--data.questions_per_image", "1")
+
+
 def group_size(g: int) -> tuple[str, ...]:
     return ("--grpo.num_generations", str(g), "--batch_size", str(128 // g))
 
@@ -99,6 +106,12 @@ def group_size(g: int) -> tuple[str, ...]:
 CASES: dict[str, Case] = {
     **{f"{task}_rl": rl("sft", task) for task in TASKS},
     **{f"{task}_sft": sft("sft", task, updates=SFT_UPDATES[task]) for task in TASKS},
+    # the paper's case: answers are few. SFT is evaluated as it goes, to see whether it should have stopped
+    **{f"{task}_few_rl": rl("few", task, *few(task)) for task in FEW_UPDATES},
+    **{
+        f"{task}_few_sft": sft("few", task, *few(task), "--eval_steps", "20", updates=updates)
+        for task, updates in FEW_UPDATES.items()
+    },
     **{
         f"{task}_in_order": rl("matching", task, "--rollout.reward_matching", "order")
         for task in ("counting", "detection")

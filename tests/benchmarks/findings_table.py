@@ -16,6 +16,7 @@ from jaxtyping import Float
 from jaxmllm.eval import coco, measure
 from jaxmllm.eval.intervals import RESAMPLES, Interval, Statistic, percentiles, resample
 from jaxmllm.runfiles import read_json, read_lines
+from tests.benchmarks.findings import FEW, FEW_UPDATES, results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,10 @@ def findings() -> list[Finding]:
     for task, (sign, said) in PAPER_RL.items():
         text = f"RL, not more SFT: {task}"
         found.append(Finding("sft", text, f"{task}_rl", f"{task}_sft", f"world:{task}", WORLD[task], sign, said))
+    for task in FEW_UPDATES:
+        names = f"{task}_few_rl", f"{task}_few_sft"
+        text, (sign, said) = f"RL, not more SFT, {FEW} answers: {task}", PAPER_RL[task]
+        found.append(Finding("few", text, *names, f"world:{task}", WORLD[task], sign, said))
     for task, said in (("counting", "78.1, without 77.1"), ("detection", "31.9, without 23.5")):
         text = f"reward matching, not in order: {task}"
         found.append(Finding("matching", text, f"{task}_rl", f"{task}_in_order", f"world:{task}", WORLD[task], 1, said))
@@ -164,8 +169,6 @@ def row(folder: Path, finding: Finding, figure: str, a: Mapping[int, Any], b: Ma
 
 def table(folder: Path) -> str:
     """Markdown: one row for each finding and figure of which both arms have a seed in common."""
-    from tests.benchmarks.findings import results
-
     found = results(folder)
     head = (
         "finding",
