@@ -46,7 +46,7 @@ TASKS = {
 }
 RL_UPDATES = 60
 VIEWS = "augment=10000"
-BCCD = {"detection": ("configs/bccd/grpo.py", 600), "counting": ("configs/bccd/grpo_counting.py", 580)}
+BCCD = {"detection": ("configs/bccd/grpo.py", 380), "counting": ("configs/bccd/grpo_counting.py", 580)}
 # SFT updates that take about the time of RL_UPDATES: .4 to .9 s each against .7 to 3 s
 SFT_UPDATES = {"grounding": 130, "counting": 150, "detection": 150, "ocr": 130}
 FEW_UPDATES = {"grounding": 200, "counting": 200}
