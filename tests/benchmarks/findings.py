@@ -1,8 +1,8 @@
 """Perception-R1's findings on the embedded model: every run that the table needs, several seeds each, against equal-compute SFT.
 
     python -m tests.benchmarks.findings FOLDER                    runs what FOLDER lacks; start it again any time
-    python -m tests.benchmarks.findings FOLDER --only sft         one group (bccd, sft, matching, thinking, group, kl), or the
-                                                                  cases whose names begin so
+    python -m tests.benchmarks.findings FOLDER --only sft         one group (bccd, sft, few, matching, thinking, group, kl),
+                                                                  or the cases whose names begin so
     python -m tests.benchmarks.findings FOLDER --jobs 2           two runs side by side, each on one core
     python -m tests.benchmarks.findings FOLDER --show             the table of what is there, from the runs' own evaluations
 
@@ -13,7 +13,8 @@ Worlds: grainy scenes (noise of 18 levels, as in configs/quickstart.py), which t
 update (16 prompts x 8 unless the case says otherwise), rewards alone. SFT: gold answers for the same scenes, four questions a
 picture, with the recipe that trained the embedded model at half its rate. Both arms start from the same weights and
 have the tower frozen, and the numbers of updates are chosen for both to take about the same processor time, which the table
-tells (in detection SFT gets two thirds of it).
+tells (in detection SFT gets two thirds of it). `few`: both learn from the same 64 pictures with one question each; SFT
+is evaluated as it goes, and hardly moves after 40 of its 200 updates.
 
 The photographs (`bccd`) are blood cells in COCO JSON, ../shared/data/bccd unless BCCD names another folder; see configs/bccd.
 """
@@ -49,10 +50,10 @@ VIEWS = "augment=10000"
 BCCD = {"detection": ("configs/bccd/grpo.py", 380), "counting": ("configs/bccd/grpo_counting.py", 580)}
 # SFT updates that take about the time of RL_UPDATES: .4 to .9 s each against .7 to 3 s
 SFT_UPDATES = {"grounding": 130, "counting": 150, "detection": 150, "ocr": 130}
-FEW_UPDATES = {"grounding": 200, "counting": 200}
 SFT_RATE = "5e-4"
 QUESTIONS = 4  # of SFT about a picture, which they share
 FEW = 64  # pictures of the arms that have no more
+FEW_TASKS, FEW_UPDATES = ("grounding", "counting"), 200  # of their SFT
 TOKENS = {"grounding": 32, "counting": 64, "detection": 96, "ocr": 32}  # of the longest answer, and to spare
 THOUGHT = 16  # tokens more for the tags of a thinking format
 
@@ -107,10 +108,9 @@ CASES: dict[str, Case] = {
     **{f"{task}_rl": rl("sft", task) for task in TASKS},
     **{f"{task}_sft": sft("sft", task, updates=SFT_UPDATES[task]) for task in TASKS},
     # the paper's case: answers are few. SFT is evaluated as it goes, to see whether it should have stopped
-    **{f"{task}_few_rl": rl("few", task, *few(task)) for task in FEW_UPDATES},
+    **{f"{task}_few_rl": rl("few", task, *few(task)) for task in FEW_TASKS},
     **{
-        f"{task}_few_sft": sft("few", task, *few(task), "--eval_steps", "20", updates=updates)
-        for task, updates in FEW_UPDATES.items()
+        f"{task}_few_sft": sft("few", task, *few(task), "--eval_steps", "20", updates=FEW_UPDATES) for task in FEW_TASKS
     },
     **{
         f"{task}_in_order": rl("matching", task, "--rollout.reward_matching", "order")

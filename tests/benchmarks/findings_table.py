@@ -16,7 +16,7 @@ from jaxtyping import Float
 from jaxmllm.eval import coco, measure
 from jaxmllm.eval.intervals import RESAMPLES, Interval, Statistic, percentiles, resample
 from jaxmllm.runfiles import read_json, read_lines
-from tests.benchmarks.findings import FEW, FEW_UPDATES, results
+from tests.benchmarks.findings import FEW, FEW_TASKS, results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def findings() -> list[Finding]:
     for task, (sign, said) in PAPER_RL.items():
         text = f"RL, not more SFT: {task}"
         found.append(Finding("sft", text, f"{task}_rl", f"{task}_sft", f"world:{task}", WORLD[task], sign, said))
-    for task in FEW_UPDATES:
+    for task in FEW_TASKS:
         names = f"{task}_few_rl", f"{task}_few_sft"
         text, (sign, said) = f"RL, not more SFT, {FEW} answers: {task}", PAPER_RL[task]
         found.append(Finding("few", text, *names, f"world:{task}", WORLD[task], sign, said))
