@@ -52,7 +52,8 @@ def test_killed_at_random_moments(tmp_path):
         if process.poll() is not None:  # it reached its end first
             assert process.returncode == 0, cut.with_suffix(".log").read_text()[-2000:]
             assert_same_run(whole / "quickstart", cut / "quickstart")
-            (cut / "quickstart").rename(tmp_path / f"done_{kills}")
+            done = len(list(tmp_path.glob("done_*")))
+            (cut / "quickstart").rename(tmp_path / f"done_{done}")
             continue
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
