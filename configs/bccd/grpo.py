@@ -3,10 +3,10 @@
     ./launch/local.sh jaxmllm train configs/bccd/grpo.py
 
 With the missing penalty: without it naming only the surest cells pays. Samples at temperature 1 made greedy answers worse,
-AP from .237 to .219 even at a fourth of the rate (an earlier model, constant rate: .240 to .183); twice the rate and
-weights of 2, .5, 1 on F1, class and location, .152; one run each. As it is, it holds what SFT left and adds nothing. Means
-over three seeds on val, after 60 updates (173 s of processor) and after the SFT below (200 s), with the difference and its
-95 % interval over seeds and photographs:
+AP from .237 to .219 even at a fourth of the rate (an earlier model, constant rate: .240 to .183); at temperature .5, twice
+the rate and weights of 2, .5, 1 on F1, class and location came to .152; one run each. As it is, it holds what SFT left and
+adds nothing. Means over three seeds on val, after 60 updates (173 s of processor) and after the SFT below (200 s), with the
+difference and its 95 % interval over seeds and photographs:
 
     detection               before   GRPO    SFT
     AP                      .237     .223    .240    -.018 [-.040, .003]

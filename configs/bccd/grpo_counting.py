@@ -16,8 +16,8 @@ with the difference and its 95 % interval over seeds and photographs; "before" i
     AP50                    .365     .277    .222    +.055 [.008, .105]
     AP75                    .275     .175    .127    +.048 [-.001, .092]
 
-Every seed has the sign of each row but that of red cells: GRPO is closer, and forgets less of what it is not asked. More SFT
-on the same questions, to compare with:
+Every seed has the sign of each row but those of red and white cells: GRPO is closer, and forgets less of what it is not
+asked. More SFT on the same questions, to compare with:
 
     ./launch/local.sh jaxmllm train configs/bccd/sft.py --name bccd_counting_sft --model runs/bccd_sft/export \\
         --optim.learning_rate 5e-4 --max_steps 580 --data.weights 1 1 \\
