@@ -84,7 +84,9 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith((".", "/")):
-        raise InputError(f"{path_or_hub_id}: no such checkpoint folder (a hub id looks like Qwen/Qwen2.5-VL-3B-Instruct)")
+        raise InputError(
+            f"{path_or_hub_id}: no such checkpoint folder (a hub id looks like Qwen/Qwen2.5-VL-3B-Instruct)"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -272,7 +274,9 @@ def score(
         if any(not c for c in group):
             raise InputError(f"conversation {i}: a completion without a token cannot be scored")
         if any(not 0 <= token < model.cfg.text.vocab_size for c in group for token in c):
-            raise InputError(f"conversation {i}: a completion holds token ids outside 0 .. {model.cfg.text.vocab_size - 1}")
+            raise InputError(
+                f"conversation {i}: a completion holds token ids outside 0 .. {model.cfg.text.vocab_size - 1}"
+            )
     results: list[list[np.ndarray]] = []
     for first in range(0, len(examples), batch_size):
         some = ids[first : first + batch_size]

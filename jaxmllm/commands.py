@@ -179,7 +179,12 @@ def tpl(
     loaded = api.load(model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
     source = Sized(opened, loaded.processor.pixel_config)
     records = [source[k] for k in range(min(limit, len(source)))]
-    options: dict[str, Any] = {"frames": frames or None, "single_mode": single_mode, "batch_size": batch_size, "seed": seed}
+    options: dict[str, Any] = {
+        "frames": frames or None,
+        "single_mode": single_mode,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
     scores = temporal.temporal_scores(loaded, records, Asking({"style": style}), **options)
     kept = temporal.keep(scores, min_tokens)
     if out is not None:

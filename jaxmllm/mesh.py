@@ -84,7 +84,9 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules
         if shape[i] % size == 0:
             continue
         dims[i] = None
-        free = [j for j in range(len(shape)) if dims[j] is None and j not in (i,) and shape[j] % size == 0 and shape[j] > 1]
+        free = [
+            j for j in range(len(shape)) if dims[j] is None and j not in (i,) and shape[j] % size == 0 and shape[j] > 1
+        ]
         if free:
             dims[max(free, key=lambda j: shape[j])] = axis
         log.info("%s %s: axis %s does not divide dimension %d, now %s", path, shape, axis, i, dims)
@@ -104,7 +106,9 @@ def tree_paths(tree: Any) -> Any:
 
 def param_shardings(params: Any, mesh: Mesh | AbstractMesh, rules=RULES) -> Any:
     """NamedSharding of every parameter (arrays or shapes)."""
-    return jax.tree.map(lambda path, x: NamedSharding(mesh, spec_for(path, x.shape, mesh, rules)), tree_paths(params), params)
+    return jax.tree.map(
+        lambda path, x: NamedSharding(mesh, spec_for(path, x.shape, mesh, rules)), tree_paths(params), params
+    )
 
 
 def mesh_of(x: Any) -> AbstractMesh | None:

@@ -34,14 +34,23 @@ CHEAP = {
     "swapped corners": path({t: [b[2], b[3], b[0], b[1]] for t, b in PATH.items()}),
     "outside the image": path({t: [b[0] - 2000, b[1], b[2], b[3]] for t, b in PATH.items()}),
     "many identities": ",".join(path(every([x, 300, x + 200, 600]), i) for i, x in enumerate(range(0, 800, 80), 1)),
-    "many boxes a frame": "dog<Id1>" + ";".join(
-        f"Frame{t}:[{x},380,{x + 110},580]" for t in PATH for x in range(0, 800, 110)) + "</Id1>",
+    "many boxes a frame": "dog<Id1>"
+    + ";".join(f"Frame{t}:[{x},380,{x + 110},580]" for t in PATH for x in range(0, 800, 110))
+    + "</Id1>",
     "denial": "There is no dog in the given frames.",
 }
 TRACKING = CLIP | {"query": {"kind": "tracking", "ids": [7]}}
 REFERRING = CLIP | {"query": {"kind": "referring", "ids": [7], "cue": "the running dog"}}
-CHAT = CLIP | {"query": {"kind": "chat", "ids": [7], "question": "where is {subject} going", "future": "move right",
-                         "choices": ["move left", "move right"], "correct": "B"}}
+CHAT = CLIP | {
+    "query": {
+        "kind": "chat",
+        "ids": [7],
+        "question": "where is {subject} going",
+        "future": "move right",
+        "choices": ["move left", "move right"],
+        "correct": "B",
+    }
+}
 
 SLOW = {t: [100 + 2 * t, 400, 200 + 2 * t, 600] for t in PATH}  # a gap of one frame: the target hardly moves
 CREEP = TRACKING | {"tracks": [CLIP["tracks"][0] | {"boxes": {str(t): b for t, b in SLOW.items()}}]}

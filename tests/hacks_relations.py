@@ -64,5 +64,5 @@ HACKS = [
             "relation out of range": '{"match": false, "relation": "R9"}',
             "inverted box": '{"match": true, "bbox_2d": [120, 140, 40, 60]}',
         },
-    )
+    ),
 ]

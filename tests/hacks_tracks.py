@@ -106,5 +106,5 @@ HACKS = [
             "frames outside the clip": say([("fox", {t + T: b for t, b in PATH.items()})]),
             "words without boxes": say([("fox", {})]),
         },
-    )
+    ),
 ]

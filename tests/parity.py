@@ -74,7 +74,10 @@ def torch_inputs(rows: list[tiny.Row]) -> dict:
         attention_mask=torch.tensor(mask),
         mm_token_type_ids=torch.tensor(kinds, dtype=torch.int32),
     )
-    for is_video, pixels, grid in ((False, "pixel_values", "image_grid_thw"), (True, "pixel_values_videos", "video_grid_thw")):
+    for is_video, pixels, grid in (
+        (False, "pixel_values", "image_grid_thw"),
+        (True, "pixel_values_videos", "video_grid_thw"),
+    ):
         chosen = [picture for row in rows for picture in row.pictures if picture[0] == is_video]
         if chosen:
             inputs[pixels] = torch.tensor(np.concatenate([patches for _, _, patches in chosen]))

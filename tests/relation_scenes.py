@@ -16,8 +16,17 @@ def scene(rng, count=None, canvas=448):
         side = int(rng.integers(*SIDES[size]))
         x, y = map(int, rng.integers(0, canvas - side, 2))
         box = [x, y, x + side, y + side]
-        if all(box[2] < o["box"][0] or box[0] > o["box"][2] or box[3] < o["box"][1] or box[1] > o["box"][3]
-               for o in objects):
-            objects.append({"box": box, "size": size, "texture": ("solid", "striped")[rng.integers(2)],
-                            "colour": COLOURS[rng.integers(8)], "shape": SHAPES[rng.integers(6)]})
+        if all(
+            box[2] < o["box"][0] or box[0] > o["box"][2] or box[3] < o["box"][1] or box[1] > o["box"][3]
+            for o in objects
+        ):
+            objects.append(
+                {
+                    "box": box,
+                    "size": size,
+                    "texture": ("solid", "striped")[rng.integers(2)],
+                    "colour": COLOURS[rng.integers(8)],
+                    "shape": SHAPES[rng.integers(6)],
+                }
+            )
     return objects

@@ -152,7 +152,9 @@ def test_score_equals_a_plain_log_softmax(model):
             line = np.zeros((1, 64), np.int32)
             line[0, :n] = prompt + ids
             places = np.broadcast_to(np.arange(64, dtype=np.int32), (1, 3, 64))
-            row = Prompts(line, places, np.array([n], np.int32), np.array([n], np.int32), np.full((1, 64), -1, np.int32))
+            row = Prompts(
+                line, places, np.array([n], np.int32), np.array([n], np.int32), np.full((1, 64), -1, np.int32)
+            )
             hidden, _ = PLAIN(model.params, model.cfg, row)
             log_probs = jax.nn.log_softmax(np.asarray(hidden)[0] @ np.asarray(model.params["head"]), axis=-1)
             expected = [log_probs[len(prompt) - 1 + t, ids[t]] for t in range(len(ids))]
@@ -179,9 +181,7 @@ def test_score_equals_what_generate_reported(model, drawn):
 def test_one_program_for_a_stream_of_mixed_batches(model):
     """Twenty batches of other texts, sizes and numbers of pictures inside one bucket."""
     rng = np.random.default_rng(0)
-    one = dataclasses.replace(
-        model, buckets=Buckets(frames=(6,), windows=(4,), prompt=(256,), completion=(16,))
-    )
+    one = dataclasses.replace(model, buckets=Buckets(frames=(6,), windows=(4,), prompt=(256,), completion=(16,)))
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, _, **__: compiled.append(name) if name == "/jax/core/compile/backend_compile_duration" else None

@@ -109,7 +109,9 @@ def test_weights_types_and_references():
     out = c.capture(cand, ref, similarity=None)
     assert out["object"] == pytest.approx(2 / 3) and out["attribute"] == pytest.approx(2 / 3) and out["relation"] == 0
     assert out["f1"] == pytest.approx((5 * 2 / 3 + 2 * 2 / 3) / 9)
-    assert out["precision"] == pytest.approx((5 * 0.5 + 2 * 1) / 9) and out["recall"] == pytest.approx((5 + 2 * 0.5) / 9)
+    assert out["precision"] == pytest.approx((5 * 0.5 + 2 * 1) / 9) and out["recall"] == pytest.approx(
+        (5 + 2 * 0.5) / 9
+    )
     five_five_two = c.capture(cand, ref, c.BENCHMARK_WEIGHTS, similarity=None)
     assert five_five_two["f1"] == pytest.approx((5 + 5) * 2 / 3 / 12)
     no_relations = c.SceneGraph(ref.objects, ref.attributes, ())

@@ -24,7 +24,9 @@ IDS = {
 def published(kind, width, mlp, layers, heads, kv_heads, vocab, tied, vision) -> dict:
     """The file as Qwen published it, in the flat form."""
     return {
-        "architectures": ["Qwen2VLForConditionalGeneration" if kind == "qwen2_vl" else "Qwen2_5_VLForConditionalGeneration"],
+        "architectures": [
+            "Qwen2VLForConditionalGeneration" if kind == "qwen2_vl" else "Qwen2_5_VLForConditionalGeneration"
+        ],
         "attention_dropout": 0.0,
         **IDS,
         "hidden_act": "silu",
@@ -102,10 +104,19 @@ MODELS = {
     "Qwen2-VL-2B": (published("qwen2_vl", 1536, 8960, 28, 12, 2, 151936, True, tower2(1536)), 2_208_985_600),
     "Qwen2-VL-7B": (published("qwen2_vl", 3584, 18944, 28, 28, 4, 152064, False, tower2(3584)), 8_291_375_616),
     "Qwen2-VL-72B": (published("qwen2_vl", 8192, 29568, 80, 64, 8, 152064, False, tower2(8192)), 73_405_560_320),
-    "Qwen2.5-VL-3B": (published("qwen2_5_vl", 2048, 11008, 36, 16, 2, 151936, True, tower25(2048, 3420)), 3_754_622_976),
-    "Qwen2.5-VL-7B": (published("qwen2_5_vl", 3584, 18944, 28, 28, 4, 152064, False, tower25(3584, 3420)), 8_292_166_656),
+    "Qwen2.5-VL-3B": (
+        published("qwen2_5_vl", 2048, 11008, 36, 16, 2, 151936, True, tower25(2048, 3420)),
+        3_754_622_976,
+    ),
+    "Qwen2.5-VL-7B": (
+        published("qwen2_5_vl", 3584, 18944, 28, 28, 4, 152064, False, tower25(3584, 3420)),
+        8_292_166_656,
+    ),
     "Qwen2.5-VL-32B": (published("qwen2_5_vl", 5120, 27648, 64, 40, 8, 152064, False, TOWER_32B), 33_452_718_336),
-    "Qwen2.5-VL-72B": (published("qwen2_5_vl", 8192, 29568, 80, 64, 8, 152064, False, tower25(8192, 3456)), 73_410_777_344),
+    "Qwen2.5-VL-72B": (
+        published("qwen2_5_vl", 8192, 29568, 80, 64, 8, 152064, False, tower25(8192, 3456)),
+        73_410_777_344,
+    ),
 }
 
 

@@ -19,8 +19,10 @@ SIZE = [200, 100]
 
 def line(start, step, frames):
     x, y = start
-    return {str(t): [x + step[0] * (t - 1), y + step[1] * (t - 1), x + 20 + step[0] * (t - 1),
-                     y + 20 + step[1] * (t - 1)] for t in frames}
+    return {
+        str(t): [x + step[0] * (t - 1), y + step[1] * (t - 1), x + 20 + step[0] * (t - 1), y + 20 + step[1] * (t - 1)]
+        for t in frames
+    }
 
 
 def clip(shown=3, last=5):
@@ -126,8 +128,9 @@ def test_coordinates_in_pixels_of_the_resized_image():
 
 
 def test_chat_answers_write_the_path_first_and_then_the_future():
-    record = query(kind="chat", ids=[5, 9], question="what will {subject} do {now}", future="jump",
-                   motions={"9": "sits still"})
+    record = query(
+        kind="chat", ids=[5, 9], question="what will {subject} do {now}", future="jump", motions={"9": "sits still"}
+    )
     text = foresight.prompt(record)
     assert "what will this dog<Id1>Frame1:[500,100,600,300]</Id1> do {now}" in text and "Id2" not in text
     subject = "<Id1>Frame1:[500,100,600,300];Frame2:[525,100,625,300];Frame3:[550,100,650,300]</Id1>"
@@ -135,7 +138,8 @@ def test_chat_answers_write_the_path_first_and_then_the_future():
     answer = f"From its path, this dog{subject} is about to jump, because cat{other} sits still."
     assert foresight.answer(record) == answer
     assert foresight.answer(record, trajectory=False) == (
-        "From its path, this dog is about to jump, because cat sits still.")
+        "From its path, this dog is about to jump, because cat sits still."
+    )
     turns = foresight.dialogue(record)
     assert [a for _, a in turns] == ["Two dogs and a cat.", answer, f"The cat{other} sits still."]
     assert turns[0][0].count("<image>") == 3 and not any("<image>" in q for q, _ in turns[1:])
@@ -144,8 +148,14 @@ def test_chat_answers_write_the_path_first_and_then_the_future():
 
 
 def test_checkable_future_is_half_of_the_reward():
-    record = query(kind="chat", ids=[5], question="where is {subject} going", future="move right",
-                   choices=["move left", "move right"], correct="B")
+    record = query(
+        kind="chat",
+        ids=[5],
+        question="where is {subject} going",
+        future="move right",
+        choices=["move left", "move right"],
+        correct="B",
+    )
     gold = foresight.answer(record)
     assert gold.endswith("is about to move right. Answer: B.")
     assert " A. move left B. move right" in foresight.prompt(record)
@@ -201,8 +211,9 @@ def test_clips_have_the_drawn_lengths_and_gaps():
     rng = np.random.default_rng(0)
     drawn = [foresight_records.sample_clip(60, rng) for _ in range(4000)]
     assert all(0 <= c[0] and c[-1] < 60 and len(set(np.diff(c))) == 1 for c in drawn)
-    lengths, gaps = (np.bincount(v, minlength=6)[1:] / 4000 for v in ([len(c) for c in drawn],
-                                                                     [c[1] - c[0] for c in drawn]))
+    lengths, gaps = (
+        np.bincount(v, minlength=6)[1:] / 4000 for v in ([len(c) for c in drawn], [c[1] - c[0] for c in drawn])
+    )
     np.testing.assert_allclose(lengths, [0, 0.25, 0.25, 0.25, 0.25], atol=0.03)
     np.testing.assert_allclose(gaps, [0.2, 0, 0.267, 0.267, 0.267], atol=0.03)
     assert foresight_records.sample_clip(2, rng) == [0, 1]

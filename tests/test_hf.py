@@ -133,7 +133,9 @@ def test_values_land_where_the_names_say(folder):
     np.testing.assert_array_equal(
         layers["self_attn"]["q_proj"]["kernel"][1], content["model.layers.1.self_attn.q_proj.weight"].T
     )
-    np.testing.assert_array_equal(layers["input_layernorm"]["scale"][0], content["model.layers.0.input_layernorm.weight"])
+    np.testing.assert_array_equal(
+        layers["input_layernorm"]["scale"][0], content["model.layers.0.input_layernorm.weight"]
+    )
     np.testing.assert_array_equal(params["embed"], content["model.embed_tokens.weight"])
     np.testing.assert_array_equal(params["head"], content["lm_head.weight"].T)
     patch = content["visual.patch_embed.proj.weight"]

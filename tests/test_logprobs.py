@@ -52,7 +52,9 @@ def test_value_and_gradient_for_any_chunk(chunk):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"banned": (7, 5000)}, {"temperature": 1.3, "banned": (0, 8191)}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.7}, {"banned": (7, 5000)}, {"temperature": 1.3, "banned": (0, 8191)}]
+)
 def test_gradient_over_blocks_of_the_vocabulary(options):
     """Against automatic differentiation of the whole distribution; one target is banned."""
     rng = np.random.default_rng(2)

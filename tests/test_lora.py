@@ -60,7 +60,9 @@ def test_merged_equals_applied():
         one = params["lora"]["vision"]["blocks"]["attn"]["qkv"]
         change = np.einsum("ir,rco->ico", one["a"][layer], one["b"][layer]) * (7 / 3)
         kernel = PARAMS["vision"]["blocks"]["attn"]["qkv"]["kernel"][layer]
-        np.testing.assert_allclose(merged["vision"]["blocks"]["attn"]["qkv"]["kernel"][layer], kernel + change, atol=1e-5)
+        np.testing.assert_allclose(
+            merged["vision"]["blocks"]["attn"]["qkv"]["kernel"][layer], kernel + change, atol=1e-5
+        )
     np.testing.assert_array_equal(merged["embed"], PARAMS["embed"])
 
 
@@ -187,7 +189,9 @@ def test_names_from_before_transformers_4_52_and_rank_stabilised_scale(tmp_path)
     lora.save(params, CONFIG, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     old = {
-        name.replace("model.model.language_model.", "model.model.").replace("model.model.visual.", "model.visual."): value
+        name.replace("model.model.language_model.", "model.model.").replace(
+            "model.model.visual.", "model.visual."
+        ): value
         for name, value in tensors.items()
     }
     assert old.keys().isdisjoint(tensors)

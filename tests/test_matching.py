@@ -57,8 +57,12 @@ def expected(v):
         union = sum((q[2] - q[0] + 1) * (q[3] - q[1] + 1) for q in (p, g)) - inter
         if inter / union > 0.5:
             pw, ph, gw, gh = p[2] - p[0], p[3] - p[1], g[2] - g[0], g[3] - g[1]
-            want = [(g[0] + g[2] - p[0] - p[2]) / 2 / pw, (g[1] + g[3] - p[1] - p[3]) / 2 / ph, np.log(gw / pw),
-                    np.log(gh / ph)]
+            want = [
+                (g[0] + g[2] - p[0] - p[2]) / 2 / pw,
+                (g[1] + g[3] - p[1] - p[3]) / 2 / ph,
+                np.log(gw / pw),
+                np.log(gh / ph),
+            ]
             reg.append(np.abs(v["pred_delta"][b] - want).sum())
     mean = [np.mean(x) if x else 0.0 for x in (grd, match, reg)]
     return dict(zip(("L_grd", "L_match", "L_reg", "total"), [*mean, mean[0] + 3 * mean[1] + mean[2]], strict=True))
@@ -111,8 +115,10 @@ def test_padding_and_row_order_change_nothing():
     want = losses(**values)
     order = np.array([3, 0, 4, 1, 2])
     shuffled = {k: v if k == "scale" else v[order] for k, v in values.items()}
-    wider = values | {"b_root": jnp.pad(values["b_root"], ((0, 0), (0, 3)), constant_values=9.0),
-                      "valid": jnp.pad(values["valid"], ((0, 0), (0, 3)))}
+    wider = values | {
+        "b_root": jnp.pad(values["b_root"], ((0, 0), (0, 3)), constant_values=9.0),
+        "valid": jnp.pad(values["valid"], ((0, 0), (0, 3))),
+    }
     for other in (losses(**shuffled), losses(**wider)):
         for name in want:
             np.testing.assert_allclose(other[name], want[name], rtol=1e-5, err_msg=name)

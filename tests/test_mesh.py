@@ -218,7 +218,9 @@ def test_finished_prompts_are_left_behind_on_every_device(monkeypatch, batch):
     """Two prompts a device, and the devices go on with one each."""
     mesh = make_mesh(fsdp=4, devices=jax.devices()[:4])
     keys = sampler.row_keys(jax.random.key(0), jnp.arange(len(ROWS)), G)
-    free = jax.device_get(sampler.sample(PARAMS, CFG, batch[0], keys, Sampling(), max_new_tokens=9, stop_ids=(), pad_id=0))
+    free = jax.device_get(
+        sampler.sample(PARAMS, CFG, batch[0], keys, Sampling(), max_new_tokens=9, stop_ids=(), pad_id=0)
+    )
     stops = tuple({int(token) for token in free.tokens[[1, 2, 4, 7], :, 2].reshape(-1)})
     options = dict(max_new_tokens=9, stop_ids=stops, pad_id=0)
     expected = jax.device_get(sampler.sample(PARAMS, CFG, batch[0], keys, Sampling(), **options))

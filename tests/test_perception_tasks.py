@@ -132,8 +132,19 @@ def test_grounding_target_as_python_writes_it(target):
     assert grounding.released_reward(DOG, target) == 1
 
 
-@pytest.mark.parametrize("target", [
-    "__import__('os')", "[1, 2, 3]", "[1, 2, 3, NaN]", [1, 2, 3], "", "[1, 2, 3, 4", "[1, 2, 3, 4)", "[1, 2, 3, 1e999]"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "__import__('os')",
+        "[1, 2, 3]",
+        "[1, 2, 3, NaN]",
+        [1, 2, 3],
+        "",
+        "[1, 2, 3, 4",
+        "[1, 2, 3, 4)",
+        "[1, 2, 3, 1e999]",
+    ],
+)
 def test_bad_grounding_target_is_refused(target):
     with pytest.raises(ValueError, match="four numbers"):
         grounding.released_reward("x", target)

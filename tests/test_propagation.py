@@ -58,15 +58,21 @@ def reference_masks(b_loc, edges, k, mode, valid):
     if mode == "grd":
         return ctx, list(valid), [list(valid) for _ in edges]
     chosen = [top(b) for b in b_loc]
-    return (ctx, [any(i in t for t in chosen) for i in range(len(valid))],
-            [[i in chosen[p] for i in range(len(valid))] for p, _ in edges])
+    return (
+        ctx,
+        [any(i in t for t in chosen) for i in range(len(valid))],
+        [[i in chosen[p] for i in range(len(valid))] for p, _ in edges],
+    )
 
 
 def random_graph(rng, nodes, parents=1):
     """Edges of a random tree (`parents` 1) or acyclic graph with shuffled node names, and its root."""
     name = rng.permutation(nodes)
-    edges = [(int(name[p]), int(name[c])) for c in range(1, nodes)
-             for p in rng.choice(c, size=min(c, int(rng.integers(1, parents + 1))), replace=False)]
+    edges = [
+        (int(name[p]), int(name[c]))
+        for c in range(1, nodes)
+        for p in rng.choice(c, size=min(c, int(rng.integers(1, parents + 1))), replace=False)
+    ]
     rng.shuffle(edges)
     return [tuple(map(int, e)) for e in edges], int(name[0])
 
@@ -79,17 +85,30 @@ def graph_batch(trees=300, others=100, seed=7):
     """
     rng = np.random.default_rng(seed)
     K, N, M, E, count = 3, 10, 7, 15, trees + others
-    cases, arrays = [], dict(b_loc=np.full((count, M, N), EPS), A=np.full((count, E, N, K), np.nan),
-                             gate=np.full((count, M), np.nan), real=np.zeros((count, N), bool),
-                             some=np.zeros((count, N), bool))
+    cases, arrays = (
+        [],
+        dict(
+            b_loc=np.full((count, M, N), EPS),
+            A=np.full((count, E, N, K), np.nan),
+            gate=np.full((count, M), np.nan),
+            real=np.zeros((count, N), bool),
+            some=np.zeros((count, N), bool),
+        ),
+    )
     for i in range(count):
         nodes, n = int(rng.integers(1, 7)), int(rng.integers(3, 10))
         edges, root = random_graph(rng, nodes, 1 if i < trees else 3)
-        case = dict(edges=edges, root=root, b_loc=rng.uniform(0.02, 1, (nodes, n)),
-                    A=rng.uniform(0, 1, (len(edges), n, K)), gate=rng.uniform(0, 1, nodes), some=rng.random(n) < 0.7)
+        case = dict(
+            edges=edges,
+            root=root,
+            b_loc=rng.uniform(0.02, 1, (nodes, n)),
+            A=rng.uniform(0, 1, (len(edges), n, K)),
+            gate=rng.uniform(0, 1, nodes),
+            some=rng.random(n) < 0.7,
+        )
         cases.append(case)
         arrays["b_loc"][i, :nodes, :n], arrays["gate"][i, :nodes] = case["b_loc"], case["gate"]
-        arrays["A"][i, :len(edges), :n] = case["A"]
+        arrays["A"][i, : len(edges), :n] = case["A"]
         arrays["real"][i, :n], arrays["some"][i, :n] = True, case["some"]
     graphs = propagation.pad_graphs([(len(c["b_loc"]), c["edges"], c["root"]) for c in cases], M, E)
     return cases, arrays, graphs, K
@@ -103,8 +122,9 @@ def both_runs(b_loc, A, gate, graphs, real, valid, k, mode):
     return propagation.bottom_up(*args), propagation.top_down(*args)
 
 
-@pytest.mark.parametrize("mode,valid,precision", [
-    ("grd", "real", 64), ("grd", "some", 64), ("match", "real", 64), ("match", "real", 32)])
+@pytest.mark.parametrize(
+    "mode,valid,precision", [("grd", "real", 64), ("grd", "some", 64), ("match", "real", 64), ("match", "real", 32)]
+)
 def test_padded_batch_equals_unbatched_reference(mode, valid, precision):
     """`some`: real boxes that are not valid stay in the contexts, and in the top-down divisor, as released."""
     cases, a, graphs, k = graph_batch()
@@ -118,7 +138,8 @@ def test_padded_batch_equals_unbatched_reference(mode, valid, precision):
         ctx, allowed, rows = reference_masks(case["b_loc"], case["edges"], k, mode, given)
         for run, got in (("up", up), ("down", down)):
             want = reference(
-                run, case["b_loc"], case["edges"], case["A"], case["gate"], case["root"], ctx, allowed, rows)
+                run, case["b_loc"], case["edges"], case["A"], case["gate"], case["root"], ctx, allowed, rows
+            )
             np.testing.assert_allclose(got[i, :nodes, :n], want, **tolerance)
         leaves = sorted(set(range(nodes)) - {p for p, _ in case["edges"]})
         for got, kept in ((up, leaves), (down, [case["root"]])):
@@ -166,9 +187,12 @@ def test_symbolic_oracle_equals_exhaustive_search():
         edges, root = random_graph(rng, 4)
         candidates, A = rng.random((4, 4)) < 0.6, rng.random((3, 4, 4)) < 0.4
         for wildcard in (None, 0, 1, 2):
-            want = {boxes[root] for boxes in itertools.product(range(4), repeat=4)
-                    if all(candidates[v, boxes[v]] for v in range(4))
-                    and all(e == wildcard or A[e, boxes[p], boxes[c]] for e, (p, c) in enumerate(edges))}
+            want = {
+                boxes[root]
+                for boxes in itertools.product(range(4), repeat=4)
+                if all(candidates[v, boxes[v]] for v in range(4))
+                and all(e == wildcard or A[e, boxes[p], boxes[c]] for e, (p, c) in enumerate(edges))
+            }
             assert satisfiable(candidates, edges, A, root, wildcard) == want
 
 
@@ -218,13 +242,15 @@ def oracle_rates(shape, count, seed):
     b_loc, A, real = np.full((count, M, N), EPS), np.zeros((count, E, N, N)), np.zeros((count, N), bool)
     for i, (edges, candidates, scores, _) in enumerate(cases):
         n = candidates.shape[1]
-        b_loc[i, :len(candidates), :n] = np.where(candidates, 1, EPS)
-        A[i, :len(edges), :n, :n], real[i, :n] = scores, True
+        b_loc[i, : len(candidates), :n] = np.where(candidates, 1, EPS)
+        A[i, : len(edges), :n, :n], real[i, :n] = scores, True
     graphs = propagation.pad_graphs([(len(c[1]), c[0], 0) for c in cases], M, E)
     with jax.enable_x64(True):
         root, released, corrected = map(np.asarray, oracle_answers(*map(jnp.asarray, (b_loc, A)), graphs, real))
-    sat = [set(np.flatnonzero(row >= 1e-3)) == satisfiable(*(case[1], case[0], case[2]), 0)
-           for row, case in zip(root, cases, strict=True)]
+    sat = [
+        set(np.flatnonzero(row >= 1e-3)) == satisfiable(*(case[1], case[0], case[2]), 0)
+        for row, case in zip(root, cases, strict=True)
+    ]
     wrong = [(i, case[3]) for i, case in enumerate(cases) if case[3] is not None]
     return (np.mean(sat), np.mean([released[i] == e for i, e in wrong]), np.mean([corrected[i] == e for i, e in wrong]))
 

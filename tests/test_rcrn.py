@@ -13,8 +13,9 @@ from jaxmllm.model.propagation import EPS
 
 # ---- the whole network
 
-CFG = rcrn.RCRNConfig(region_dim=12, word_dim=10, width=16, joint=16, difference=8, pair_location=4, context=3,
-                      node_hidden=8)
+CFG = rcrn.RCRNConfig(
+    region_dim=12, word_dim=10, width=16, joint=16, difference=8, pair_location=4, context=3, node_hidden=8
+)
 
 
 def network_inputs(rng, nodes, edges, n, S=9, L=4, N=None, M=None, E=None, garbage=0.0):
@@ -36,11 +37,17 @@ def network_inputs(rng, nodes, edges, n, S=9, L=4, N=None, M=None, E=None, garba
 
     graphs = propagation.pad_graphs([(nodes, edges, 0)], M, E)
     entity, relation = phrases(nodes, M), phrases(len(edges), E)
-    arrays = dict(regions=padded(rng.normal(size=(n, CFG.region_dim)), N), boxes=padded(boxes, N),
-                  box_mask=np.arange(N) < n, size=np.array([100.0, 80.0]), words=padded(words, S + 2))
+    arrays = dict(
+        regions=padded(rng.normal(size=(n, CFG.region_dim)), N),
+        boxes=padded(boxes, N),
+        box_mask=np.arange(N) < n,
+        size=np.array([100.0, 80.0]),
+        words=padded(words, S + 2),
+    )
     inputs = {name: jnp.asarray(x, jnp.float32 if x.dtype == float else None)[None] for name, x in arrays.items()}
-    return rcrn.Inputs(**inputs, entity_words=jnp.asarray(entity)[None], relation_words=jnp.asarray(relation)[None],
-                       graphs=graphs)
+    return rcrn.Inputs(
+        **inputs, entity_words=jnp.asarray(entity)[None], relation_words=jnp.asarray(relation)[None], graphs=graphs
+    )
 
 
 @cache
@@ -68,12 +75,18 @@ def stacked(inputs):
 def test_batch_of_padded_samples_equals_each_alone():
     """Covers padding boxes, nodes, edges and words (holding NaN), different graphs in one batch, and no-edge graphs."""
     cfg, params = network()
-    batch = stacked([network_inputs(np.random.default_rng(i), *sample, N=7, M=5, E=4, garbage=np.nan)
-                     for i, sample in enumerate(SAMPLES)])
+    batch = stacked(
+        [
+            network_inputs(np.random.default_rng(i), *sample, N=7, M=5, E=4, garbage=np.nan)
+            for i, sample in enumerate(SAMPLES)
+        ]
+    )
     got = run(params, cfg, batch, readout="counterfactual")
     for i in (0, 2):  # a chain, and a single node with fewer boxes than the context
         alone = network_inputs(np.random.default_rng(i), *SAMPLES[i])
-        compare({k: v[i:i + 1] for k, v in got.items()}, run(params, cfg, alone, readout="counterfactual"), *SAMPLES[i])
+        compare(
+            {k: v[i : i + 1] for k, v in got.items()}, run(params, cfg, alone, readout="counterfactual"), *SAMPLES[i]
+        )
     reached = batch.graphs.node_mask
     for name in ("score_bp", "score_td"):
         assert (np.where(reached, got[name], np.inf).min(1) >= got["match_logit"] - 1e-6).all()
@@ -101,8 +114,9 @@ def test_box_order_does_not_matter_and_unreachable_nodes_change_nothing():
 def test_network_gradients(encoder):
     """Finite, with NaN at padding; equal to finite differences where no value on the way is detached."""
     cfg, params = network(encoder)
-    batch = stacked([network_inputs(np.random.default_rng(i), *s, N=7, M=5, E=4, garbage=np.nan)
-                     for i, s in enumerate(SAMPLES)])
+    batch = stacked(
+        [network_inputs(np.random.default_rng(i), *s, N=7, M=5, E=4, garbage=np.nan) for i, s in enumerate(SAMPLES)]
+    )
 
     def loss(params, inputs):
         out = rcrn.apply(params, cfg, inputs)
@@ -118,8 +132,12 @@ def test_network_gradients(encoder):
         rng = np.random.default_rng(4)
         for part in ("rel", "gates", "node", "box"):
             direction = jax.tree.map(lambda x: rng.normal(size=x.shape), params[part])
-            ends = [both(params | {part: jax.tree.map(lambda x, d, s=s: x + s * 1e-6 * d, params[part], direction)},
-                         batch)[0] for s in (1, -1)]
+            ends = [
+                both(params | {part: jax.tree.map(lambda x, d, s=s: x + s * 1e-6 * d, params[part], direction)}, batch)[
+                    0
+                ]
+                for s in (1, -1)
+            ]
             slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), gradients[part], direction)))
             np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2e-6, rtol=1e-4, err_msg=part)
         assert any(jnp.abs(g).max() > 0 for g in jax.tree.leaves(gradients["phrase"]))
@@ -146,8 +164,10 @@ def test_dropout_and_options():
 
 def test_lstm_reads_each_phrase_as_if_alone():
     rng = np.random.default_rng(0)
-    p = {name: {"w": jnp.asarray(rng.normal(size=(n, 12))), "b": jnp.asarray(rng.normal(size=12))}
-         for name, n in (("x", 5), ("h", 3))}
+    p = {
+        name: {"w": jnp.asarray(rng.normal(size=(n, 12))), "b": jnp.asarray(rng.normal(size=12))}
+        for name, n in (("x", 5), ("h", 3))
+    }
     x = rng.normal(size=(2, 4, 5)).astype(np.float32)
     mask = jnp.asarray([[True, True, False, False], [True] * 4])
 
@@ -158,7 +178,7 @@ def test_lstm_reads_each_phrase_as_if_alone():
         outputs, last = rcrn._lstm(p, jnp.asarray(x), mask, reverse)
         for row, length in enumerate((2, 4)):
             h = c = np.zeros(3)
-            for t in (range(length)[::-1] if reverse else range(length)):
+            for t in range(length)[::-1] if reverse else range(length):
                 i, f, g, o = np.split(x[row, t] @ p["x"]["w"] + p["x"]["b"] + h @ p["h"]["w"] + p["h"]["b"], 4)
                 c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
                 h = sigmoid(o) * np.tanh(c)
@@ -179,12 +199,19 @@ def test_roi_features_equal_49_bilinear_samples():
         x0, y0 = min(int(x), columns - 2), min(int(y), rows - 2)
         fx, fy = x - x0, y - y0
         g = grid[0]
-        return ((1 - fy) * ((1 - fx) * g[y0, x0] + fx * g[y0, x0 + 1])
-                + fy * ((1 - fx) * g[y0 + 1, x0] + fx * g[y0 + 1, x0 + 1]))
+        return (1 - fy) * ((1 - fx) * g[y0, x0] + fx * g[y0, x0 + 1]) + fy * (
+            (1 - fx) * g[y0 + 1, x0] + fx * g[y0 + 1, x0 + 1]
+        )
 
     for n, (x1, y1, x2, y2) in enumerate(boxes[0]):
-        want = np.mean([sample(x1 + (x2 - x1) * (i + 0.5) / 7, y1 + (y2 - y1) * (j + 0.5) / 7)
-                        for i in range(7) for j in range(7)], axis=0)
+        want = np.mean(
+            [
+                sample(x1 + (x2 - x1) * (i + 0.5) / 7, y1 + (y2 - y1) * (j + 0.5) / 7)
+                for i in range(7)
+                for j in range(7)
+            ],
+            axis=0,
+        )
         np.testing.assert_allclose(got[0, n], want, rtol=1e-4, atol=1e-5)
 
 

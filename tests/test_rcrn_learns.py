@@ -52,18 +52,36 @@ def batch(items):
             relations[b, e, : len(span)] = span
         words[b, np.arange(len(text)), [VOCABULARY.index(word) for word in text]] = 1
     inputs = rcrn.Inputs(
-        *(jnp.asarray(x, jnp.float32) for x in (regions, boxes)), jnp.asarray(mask), jnp.full((count, 2), 448.0),
-        jnp.asarray(words, jnp.float32), jnp.asarray(entities), jnp.asarray(relations),
-        propagation.pad_graphs([(len(g.nodes), g.edges, 0) for _, g, *_ in items], NODES, EDGES))
+        *(jnp.asarray(x, jnp.float32) for x in (regions, boxes)),
+        jnp.asarray(mask),
+        jnp.full((count, 2), 448.0),
+        jnp.asarray(words, jnp.float32),
+        jnp.asarray(entities),
+        jnp.asarray(relations),
+        propagation.pad_graphs([(len(g.nodes), g.edges, 0) for _, g, *_ in items], NODES, EDGES),
+    )
     wrong = np.array([w for *_, w, _ in items])
-    return inputs, jnp.asarray(wrong < 0), jnp.asarray([r for *_, r in items]), wrong, np.array(
-        [len(g.edges) for _, g, *_ in items])
+    return (
+        inputs,
+        jnp.asarray(wrong < 0),
+        jnp.asarray([r for *_, r in items]),
+        wrong,
+        np.array([len(g.edges) for _, g, *_ in items]),
+    )
 
 
 @pytest.mark.slow
 def test_grounding_matching_and_blame_are_learnt_without_a_label_of_the_wrong_edge(steps=900, size=64):
-    cfg = rcrn.RCRNConfig(len(ATTRIBUTES), len(VOCABULARY), width=64, joint=64, difference=32, pair_location=32,
-                          phrase_encoder="linear", dropout=0.0)
+    cfg = rcrn.RCRNConfig(
+        len(ATTRIBUTES),
+        len(VOCABULARY),
+        width=64,
+        joint=64,
+        difference=32,
+        pair_location=32,
+        phrase_encoder="linear",
+        dropout=0.0,
+    )
     params = rcrn.init(jax.random.key(0), cfg)
     optimiser = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(optax.cosine_decay_schedule(2e-3, steps)))
     state = optimiser.init(params)
@@ -74,8 +92,16 @@ def test_grounding_matching_and_blame_are_learnt_without_a_label_of_the_wrong_ed
             out = rcrn.apply(params, cfg, inputs)
             gold = jnp.take_along_axis(inputs.boxes, referent[:, None, None], 1)[:, 0]
             parts = matching.matching_losses(
-                out["b_root"], inputs.box_mask, referent, params["temperature"], out["match_logit"], match,
-                out["proposal"], gold, out["pred_delta"])
+                out["b_root"],
+                inputs.box_mask,
+                referent,
+                params["temperature"],
+                out["match_logit"],
+                match,
+                out["proposal"],
+                gold,
+                out["pred_delta"],
+            )
             return parts["L_grd"] + weight * parts["L_match"] + parts["L_reg"]
 
         updates, state_ = optimiser.update(jax.grad(loss)(params), state, params)
@@ -88,8 +114,10 @@ def test_grounding_matching_and_blame_are_learnt_without_a_label_of_the_wrong_ed
         weight = jnp.float32(0.0 if n < steps // 6 else 3.0)  # the curriculum: grounding first
         params, state = step(params, state, *jax.tree.map(lambda x: x[pick], train[:3]), weight)  # noqa: B023
 
-    out = {name: jax.jit(rcrn.apply, static_argnames=("cfg", "readout"))(params, cfg, inputs, readout=name)
-           for name in ("released", "counterfactual")}
+    out = {
+        name: jax.jit(rcrn.apply, static_argnames=("cfg", "readout"))(params, cfg, inputs, readout=name)
+        for name in ("released", "counterfactual")
+    }
     match, two = np.asarray(match), (wrong >= 0) & (edges == 2)
     said = np.asarray(out["released"]["match_logit"]) > 0
     grounded = (np.asarray(out["released"]["pred_index"]) == np.asarray(referent))[match].mean()

@@ -72,14 +72,18 @@ def test_an_unreadable_score_leaves_the_rationale():
     critic = r.model_critic(Scripted("critic", lambda n, k: "The dog is a cat."))
     (row,) = r.reflect(Scripted("answer"), critic, RECORDS[:1], turns=2)
     said = row["turns"][0]["feedback"]
-    assert said.startswith("The dog is a cat. ") and said.removeprefix("The dog is a cat. ") in r.CAPTION_WORDING.requests
+    assert (
+        said.startswith("The dog is a cat. ") and said.removeprefix("The dog is a cat. ") in r.CAPTION_WORDING.requests
+    )
     assert row["best_turn"] is None and row["turns"][0]["score"] is None
 
 
 def test_a_rule_critic_scores_silently():
     policy = Scripted("answer", lambda n, k: ["A cat.", "A red dog on a mat.", "A dog."][n])
     (row,) = r.reflect(policy, r.reward_critic(captioning.reward), RECORDS[:1])
-    assert row["turns"][0]["feedback"] in r.CAPTION_WORDING.bare_requests and row["turns"][1]["score"] == pytest.approx(10)
+    assert row["turns"][0]["feedback"] in r.CAPTION_WORDING.bare_requests and row["turns"][1]["score"] == pytest.approx(
+        10
+    )
     assert row["best_turn"] == 1 and row["final"] == "A dog."  # the last answer is reported, not the best
 
 
@@ -93,7 +97,9 @@ def test_the_number_of_calls_is_fixed(turns, score_last):
 
 def test_system_message_bad_input_and_no_records():
     policy = Scripted("answer")
-    r.reflect(policy, r.reward_critic(lambda t, rec: 1.0), RECORDS[:1], 1, question=lambda rec: "What?", system="Be exact.")
+    r.reflect(
+        policy, r.reward_critic(lambda t, rec: 1.0), RECORDS[:1], 1, question=lambda rec: "What?", system="Be exact."
+    )
     assert texts(policy.calls[0][0][0]) == [("system", "Be exact."), ("user", "What?")]
     assert r.reflect(policy, r.reward_critic(captioning.reward), []) == []
     with pytest.raises(ValueError, match="turns"):
@@ -170,7 +176,9 @@ def test_feedback_of_both_sources():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 20).map(lambda v: v / 2), min_size=1, max_size=8), st.integers(0, 500), st.integers(0, 3))
+@given(
+    st.lists(st.integers(0, 20).map(lambda v: v / 2), min_size=1, max_size=8), st.integers(0, 500), st.integers(0, 3)
+)
 def test_every_dialogue_rises_and_is_repeatable(rewards, key, seed):
     dialogue = r.build_dialogue(item(rewards, key), "vlm", seed)
     shuffled = item(rewards, key)
@@ -229,7 +237,9 @@ def test_judged_candidates_drop_what_cannot_be_read():
     rated = r.rate_candidates(items, r.judge(judge))
     assert [[c["reward"] for c in i["candidates"]] for i in rated] == [[10, 10], [9, 10, 9]]
     assert rated[0]["candidates"][0]["reason"] == "fine" and len(judge.calls) == 1
-    assert "caption 2" in texts(judge.calls[0][0][5])[0][1] and judge.calls[0][0][5][0]["content"][0]["image"] == "1.jpg"
+    assert (
+        "caption 2" in texts(judge.calls[0][0][5])[0][1] and judge.calls[0][0][5][0]["content"][0]["image"] == "1.jpg"
+    )
 
 
 def test_sigma_and_training_conversation():

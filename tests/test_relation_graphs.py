@@ -61,11 +61,19 @@ def test_relation_tables(seed):
 def test_containers_links_and_unknown_relations():
     objects = [{"box": b} for b in ([0, 0, 100, 100], [20, 20, 60, 60], [80, 80, 140, 140], [300, 300, 320, 320])]
     assert graphs.relation_table(objects, "inside").tolist() == [
-        [0, 0, -1, 0], [1, 0, 0, 0], [-1, 0, 0, 0], [0, 0, 0, 0]]
+        [0, 0, -1, 0],
+        [1, 0, 0, 0],
+        [-1, 0, 0, 0],
+        [0, 0, 0, 0],
+    ]
     near = graphs.relation_table(objects, "next to")
     assert near[0, 1] == near[1, 0] == 0 and near[1, 2] == -1 and near[0, 2] == 1 and near[2, 3] == 0
     assert graphs.relation_table(objects, "linked to", links=[[0, 3]]).tolist() == [
-        [0, 0, 0, 1], [0] * 4, [0] * 4, [1, 0, 0, 0]]
+        [0, 0, 0, 1],
+        [0] * 4,
+        [0] * 4,
+        [1, 0, 0, 0],
+    ]
     with pytest.raises(ValueError, match="relation"):
         graphs.relation_table(objects, "behind")
 
@@ -109,10 +117,13 @@ def test_pairs_have_one_referent_no_referent_and_one_edge_to_blame(seed, n_edges
     assert len(brute_referents(objects, graph)) == 1 and not brute_referents(objects, foil)
     assert [e for e in range(n_edges) if brute_referents(objects, foil, e)] == [wrong]
     assert foil == graph.replaced(wrong, foil.relations[wrong]) != graph
-    for (s, o), relation in itertools.chain(zip(graph.edges, graph.relations, strict=True),
-                                            zip(foil.edges, foil.relations, strict=True)):
-        fits = [[i for i, obj in enumerate(objects) if set(graph.nodes[v]) - {"object"} <= set(map(str, obj.values()))]
-                for v in (s, o)]
+    for (s, o), relation in itertools.chain(
+        zip(graph.edges, graph.relations, strict=True), zip(foil.edges, foil.relations, strict=True)
+    ):
+        fits = [
+            [i for i, obj in enumerate(objects) if set(graph.nodes[v]) - {"object"} <= set(map(str, obj.values()))]
+            for v in (s, o)
+        ]
         assert all(i == j or holds(relation, objects[i], objects[j]) is not None for i in fits[0] for j in fits[1])
 
 
@@ -210,15 +221,21 @@ def test_compared_attributes_are_not_named():
 
 # ---- words and records
 
-TREE = graphs.Graph((("red", "circle"), ("small", "square"), ("object",), ("star",)), ((0, 1), (1, 2), (0, 3)),
-                    ("left of", "same colour as", "above"))
+TREE = graphs.Graph(
+    (("red", "circle"), ("small", "square"), ("object",), ("star",)),
+    ((0, 1), (1, 2), (0, 3)),
+    ("left of", "same colour as", "above"),
+)
 
 
 def test_verbalisation():
     assert graphs.verbalise(TREE, 0) == "red circle left of small square the same colour as object , and above star"
     assert graphs.verbalise(TREE, 1) == (
-        "the red circle that is left of the small square that is the same colour as the object , and above the star")
-    assert graphs.verbalise(TREE, 2).startswith("there is a red circle that is to the left of the small square that is of")
+        "the red circle that is left of the small square that is the same colour as the object , and above the star"
+    )
+    assert graphs.verbalise(TREE, 2).startswith(
+        "there is a red circle that is to the left of the small square that is of"
+    )
     alone = graphs.Graph((("orange", "star"),), (), ())
     assert graphs.verbalise(alone, 2) == "there is an orange star"
 
@@ -228,8 +245,10 @@ def record_pair(seed=0, n_edges=3):
     oracle = graphs.Oracle(scene(rng))
     graph, foil, wrong = graphs.sample_pair(oracle, n_edges, "mixed", rng)
     base = {"size": [448, 448], "twin": seed}
-    return [base | graphs.relation_record(oracle, graph),
-            base | graphs.relation_record(oracle, foil, wrong, graph.relations[wrong])]
+    return [
+        base | graphs.relation_record(oracle, graph),
+        base | graphs.relation_record(oracle, foil, wrong, graph.relations[wrong]),
+    ]
 
 
 def test_records_of_twins():
@@ -264,7 +283,9 @@ PHOTO = {"id": 1, "expression": "There is a guy wearing the shirt and to the lef
 
 def test_published_substitutes():
     assert len(relation_phrases.SUBSTITUTES) == 27
-    assert all(r not in options and len(set(options)) == len(options) for r, options in relation_phrases.SUBSTITUTES.items())
+    assert all(
+        r not in options and len(set(options)) == len(options) for r, options in relation_phrases.SUBSTITUTES.items()
+    )
     rng, seen = np.random.default_rng(0), set()
     for _ in range(80):
         twin = relation_phrases.phrase_foil(PHOTO, rng)
@@ -275,8 +296,14 @@ def test_published_substitutes():
             assert twin["expression"][a:b] == relation
         assert twin["relations"][1 - e] == PHOTO["relations"][1 - e]
         assert twin["expression"].replace(twin["foil_phrase"], twin["target_phrase"]) == PHOTO["expression"]
-    assert seen == {(0, "holding"), (0, "carrying"), (0, "looking at"),
-                    (1, "to the right of"), (1, "in front of"), (1, "behind")}
+    assert seen == {
+        (0, "holding"),
+        (0, "carrying"),
+        (0, "looking at"),
+        (1, "to the right of"),
+        (1, "in front of"),
+        (1, "behind"),
+    }
     assert relation_phrases.phrase_foil(PHOTO | {"relations": ["near", "at"]}, rng) is None
 
 
@@ -290,7 +317,11 @@ def test_graphs_written_by_a_model_are_checked():
     said = "The red circle left of the small square"
     good = {"nodes": ["red circle", "small square"], "edges": [[0, "left of", 1]]}
     assert relation_phrases.parse_graph(f"Sure: ```json {json.dumps(good)}```", said) == {
-        "entities": good["nodes"], "edges": [[0, 1]], "relations": ["left of"], "root": 0}
+        "entities": good["nodes"],
+        "edges": [[0, 1]],
+        "relations": ["left of"],
+        "root": 0,
+    }
     alone = {"entities": [said], "edges": [], "relations": [], "root": 0}
     for bad in (
         good | {"nodes": ["red circle", "blue square"]}, good | {"edges": [[0, "above", 1]]}, good | {"nodes": []},

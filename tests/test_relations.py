@@ -112,11 +112,18 @@ def test_trace_is_paid_out_of_the_last_half():
     said = json.loads(relations.answer(FOIL))
     # stand every node on some object that fits it
     nodes = [oracle.candidates(entity.split())[0] for entity in FOIL["entities"]]
-    truth = [int(oracle.table(r)[nodes[s], nodes[o]]) for (s, o), r in zip(FOIL["edges"], scene_["relations"], strict=True)]
+    truth = [
+        int(oracle.table(r)[nodes[s], nodes[o]]) for (s, o), r in zip(FOIL["edges"], scene_["relations"], strict=True)
+    ]
     boxes = [scene_["objects"][i]["box"] for i in nodes]
     full = said | {"nodes": boxes, "verdicts": [t == 1 for t in truth]}
     assert relations.reward(json.dumps(full), FOIL, trace_weight=0.2) == {
-        "reward": pytest.approx(1.0), "format": 1, "match": 1, "quality": 1, "trace": 1}
+        "reward": pytest.approx(1.0),
+        "format": 1,
+        "match": 1,
+        "quality": 1,
+        "trace": 1,
+    }
     decided = [t for t in truth if t != -1]
     wrong = full | {"verdicts": [t != 1 for t in truth]}
     assert decided and relations.reward(json.dumps(wrong), FOIL, trace_weight=0.2)["reward"] == pytest.approx(0.8)
@@ -140,9 +147,15 @@ def outcomes(draw):
 
     match = column(st.booleans())
     edge = st.integers(0, 2)
-    return {"match_gt": match, "match_pred": column(st.booleans()), "iou": column(st.sampled_from([0, 0.4, 0.5, 0.6, 1])),
-            "foil_gt": [-1 if m else draw(edge) for m in match], "foil_pred": column(edge),
-            "length": column(st.integers(8, 14)), "max_train_len": 11}
+    return {
+        "match_gt": match,
+        "match_pred": column(st.booleans()),
+        "iou": column(st.sampled_from([0, 0.4, 0.5, 0.6, 1])),
+        "foil_gt": [-1 if m else draw(edge) for m in match],
+        "foil_pred": column(edge),
+        "length": column(st.integers(8, 14)),
+        "max_train_len": 11,
+    }
 
 
 @given(outcomes())
@@ -168,14 +181,20 @@ def test_cascade_equals_counting(o):
         assert got[name] == pytest.approx(figures(some), nan_ok=True)
     assert got["overall_acc"] == pytest.approx(share(rows, lambda m, p, i, *_: p and i > 0.5 if m else not p))
     assert got["joint_acc"] == pytest.approx(
-        share(rows, lambda m, p, i, g, f, _: p and i > 0.5 if m else not p and g == f))
+        share(rows, lambda m, p, i, g, f, _: p and i > 0.5 if m else not p and g == f)
+    )
     assert got["all"]["grd_acc"] <= got["all"]["grd_acc_oracle"] or not any(o["match_gt"])
 
 
 def test_sanity_levels():
     n_edges = [1, 2, 4, 2]
-    base = {"match_gt": [1, 0] * 4, "foil_gt": [-1, 0, -1, 1, -1, 3, -1, 0], "iou": [0.9, 0] * 4,
-            "n_edges": [e for e in n_edges for _ in (0, 1)], "pair": [p for p in range(4) for _ in (0, 1)]}
+    base = {
+        "match_gt": [1, 0] * 4,
+        "foil_gt": [-1, 0, -1, 1, -1, 3, -1, 0],
+        "iou": [0.9, 0] * 4,
+        "n_edges": [e for e in n_edges for _ in (0, 1)],
+        "pair": [p for p in range(4) for _ in (0, 1)],
+    }
     always = relations.cascade_metrics(match_pred=[1] * 8, foil_pred=[0] * 8, **base)
     assert always["all"] == {"match_acc": 50, "grd_acc": 100, "grd_acc_oracle": 100, "mrr_acc": 0, "mrr_acc_oracle": 50}
     never = relations.cascade_metrics(match_pred=[0] * 8, foil_pred=[0] * 8, **base)

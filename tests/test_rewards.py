@@ -141,7 +141,9 @@ def test_the_task_reward_gets_the_options_of_the_run(tmp_path):
 def test_a_reward_that_raises_in_a_process_is_named(records):
     rewards = Rewards(["tests.reward_functions:raises"], STYLE, processes=1, timeout=60)
     try:
-        with pytest.raises(InputError, match="reward tests.reward_functions:raises failed on record 'world-.*': RuntimeError"):
+        with pytest.raises(
+            InputError, match="reward tests.reward_functions:raises failed on record 'world-.*': RuntimeError"
+        ):
             rewards(["a"], records[:1])
     finally:
         rewards.close()

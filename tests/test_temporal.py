@@ -127,8 +127,12 @@ def test_frames_are_drawn_uniformly_without_replacement():
     assert temporal.choose_frames(5, 1, rng, frames="last") == [4]
     assert temporal.single_frame_clip(2, 8) == [2, 2]
     assert temporal.single_frame_clip(2, 4, "repeat") == [2] * 4
-    for call in (lambda: temporal.choose_frames(0, 1, rng), lambda: temporal.choose_frames(4, 0, rng),
-                 lambda: temporal.choose_frames(4, 1, rng, "first"), lambda: temporal.single_frame_clip(0, 4, "both")):
+    for call in (
+        lambda: temporal.choose_frames(0, 1, rng),
+        lambda: temporal.choose_frames(4, 0, rng),
+        lambda: temporal.choose_frames(4, 1, rng, "first"),
+        lambda: temporal.single_frame_clip(0, 4, "both"),
+    ):
         with pytest.raises(ValueError):
             call()
 

@@ -191,7 +191,9 @@ def test_supervised_loss_falls_and_does_not_depend_on_the_cut(tmp_path):
     for a, b in zip(read_lines(train(cut) / "metrics.jsonl"), whole, strict=False):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-    with pytest.raises(InputError, match="questions_per_image = 4: of 16 pictures .* none has more than 3; set it to 3"):
+    with pytest.raises(
+        InputError, match="questions_per_image = 4: of 16 pictures .* none has more than 3; set it to 3"
+    ):
         train(dataclasses.replace(base, name="more", data=dataclasses.replace(base.data, questions_per_image=4)))
 
 

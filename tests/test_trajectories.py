@@ -18,7 +18,8 @@ from jaxmllm.tasks.trajectories import parse_boxes, parse_trajectories, trajecto
 
 low = st.integers(0, 999)
 boxes = st.tuples(low, low, low, low).map(
-    lambda c: [min(c[0], c[2]), min(c[1], c[3]), max(c[0], c[2]) + 1, max(c[1], c[3]) + 1])
+    lambda c: [min(c[0], c[2]), min(c[1], c[3]), max(c[0], c[2]) + 1, max(c[1], c[3]) + 1]
+)
 frame_sets = st.sets(st.integers(1, 12), min_size=1, max_size=5).map(sorted)
 labels = st.text("abcXYZ019_- é", max_size=8).map(str.strip)
 
@@ -36,8 +37,13 @@ def track_lists(draw, first=False):
 # ---- codec
 
 
-@given(st.tuples(*[st.integers(-50, 2000)] * 4), st.integers(20, 1920), st.integers(20, 1080),
-       st.sampled_from(["resize", "pad"]), st.sampled_from(["xyxy", "xywh"]))
+@given(
+    st.tuples(*[st.integers(-50, 2000)] * 4),
+    st.integers(20, 1920),
+    st.integers(20, 1080),
+    st.sampled_from(["resize", "pad"]),
+    st.sampled_from(["xyxy", "xywh"]),
+)
 def test_encoding_is_exact_truncation_after_clipping(box, w, h, mode, box_format):
     text = trajectories.encode_box(box, w, h, mode, box_format)
     x1, y1, x2, y2 = box if box_format == "xyxy" else (box[0], box[1], box[0] + box[2], box[1] + box[3])
@@ -62,12 +68,18 @@ def test_encoding_in_pixels_of_the_resized_image_and_bad_options():
 def test_trajectories_round_trip(tracks):
     found = parse_trajectories(write_trajectories(tracks))
     assert [(f["id"], f["label"], f["frames"], f["closed"]) for f in found] == [
-        (t["id"], t["label"], t["frames"], True) for t in tracks]
+        (t["id"], t["label"], t["frames"], True) for t in tracks
+    ]
     assert all(f["listed"] == sorted(t["frames"]) for f, t in zip(found, tracks, strict=True))
 
 
-@given(st.dictionaries(st.text("ab T-9", min_size=1, max_size=6).filter(lambda s: s == s.strip()),
-                       st.lists(boxes, min_size=1, max_size=3), max_size=4))
+@given(
+    st.dictionaries(
+        st.text("ab T-9", min_size=1, max_size=6).filter(lambda s: s == s.strip()),
+        st.lists(boxes, min_size=1, max_size=3),
+        max_size=4,
+    )
+)
 def test_detection_round_trip(found):
     assert trajectories.parse_detection(trajectories.write_detection(found)) == found
 
@@ -92,7 +104,9 @@ SPELLINGS = {
     "< id 07 >frame :1:[ 1 , -2.5 ,3.,.5 ]< / ID 7 >": [(7, True, {1: [1, -2.5, 3, 0.5]}, [1])],
     "<Id1>Frame1:[1,2,3,4]</Id2>": [(1, False, {1: [1, 2, 3, 4]}, [1])],
     "<Id1>Frame1:[1,2,3,4]<Id2>Frame1:[5,6,7,8]</Id2></Id1>": [
-        (1, False, {1: [1, 2, 3, 4]}, [1]), (2, True, {1: [5, 6, 7, 8]}, [1])],
+        (1, False, {1: [1, 2, 3, 4]}, [1]),
+        (2, True, {1: [5, 6, 7, 8]}, [1]),
+    ],
     "<Id1>Frame1:;Frame2:[1,2,3,4];Frame1:[9,9,9,9]": [(1, False, {2: [1, 2, 3, 4], 1: [9, 9, 9, 9]}, [2, 1])],
     "<Id1>Frame1:[1,2,3,4],[5,6,7,8];Frame1:[0,0,0,0]</Id1>": [(1, True, {1: [1, 2, 3, 4]}, [1, 1])],
     "<Id1>Frame1:[1,2,3];Frame2:[1,2,3,4,5];Frame3:[1,2,3,x]</Id1>": [(1, True, {}, [])],
@@ -147,7 +161,11 @@ def test_repair_of_inverted_boxes():
 def test_perfect_answer_earns_one_whatever_the_order(tracks, given_first, match, random):
     gt = {t["id"]: t["frames"] for t in tracks}
     assert trajectory_reward(write_trajectories(tracks), gt, given_first, match=match) == {
-        "format": 1.0, "iou": 1.0, "disp": 1.0, "reward": 1.0}
+        "format": 1.0,
+        "iou": 1.0,
+        "disp": 1.0,
+        "reward": 1.0,
+    }
     random.shuffle(tracks)
     as_json = json.loads(json.dumps(gt))  # numeric strings as keys
     assert trajectory_reward(write_trajectories(tracks), as_json, given_first, match=match)["reward"] == 1.0
@@ -169,8 +187,13 @@ def test_reward_equals_the_formula_and_swapping_objects_changes_nothing(gt_track
                 continue
             box = pred.get(i, {}).get(t)
             ious.append(0 if box is None else float(box_iou(box, true)))
-            shift = 0 if box is None else math.dist([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2],
-                                                    [(true[0] + true[2]) / 2, (true[1] + true[3]) / 2])
+            shift = (
+                0
+                if box is None
+                else math.dist(
+                    [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2], [(true[0] + true[2]) / 2, (true[1] + true[3]) / 2]
+                )
+            )
             size = math.sqrt((true[2] - true[0]) * (true[3] - true[1]))
             disps.append(0 if box is None else math.exp(-shift / size))
     right = {i: sorted(f) for i, f in pred.items()} == {i: sorted(f) for i, f in gt.items()}
@@ -186,15 +209,25 @@ def test_static_copy_is_the_first_box_repeated(tracks):
     assert trajectories.static_copy(gt) == {t["id"]: t["frames"] for t in copied}
     later = [(f[1], f[t]) for f in gt.values() for t in f if t != 1]
     iou = np.mean([float(box_iou(a, b)) for a, b in later])
-    disp = np.mean([
-        math.exp(-math.hypot(a[0] + a[2] - b[0] - b[2], a[1] + a[3] - b[1] - b[3]) / 2
-                 / math.sqrt((b[2] - b[0]) * (b[3] - b[1]))) for a, b in later])
+    disp = np.mean(
+        [
+            math.exp(
+                -math.hypot(a[0] + a[2] - b[0] - b[2], a[1] + a[3] - b[1] - b[3])
+                / 2
+                / math.sqrt((b[2] - b[0]) * (b[3] - b[1]))
+            )
+            for a, b in later
+        ]
+    )
     assert trajectory_reward(write_trajectories(copied), gt) == pytest.approx(
-        {"format": 1, "iou": iou, "disp": disp, "reward": 0.1 + 0.6 * iou + 0.3 * disp})
+        {"format": 1, "iou": iou, "disp": disp, "reward": 0.1 + 0.6 * iou + 0.3 * disp}
+    )
 
 
 GT = {1: {1: [200, 300, 440, 620], 2: [220, 310, 470, 640]}, 2: {1: [0, 0, 100, 100], 2: [10, 0, 110, 100]}}
-GOOD = "<Id1>Frame1:[200,300,440,620];Frame2:[220,310,470,640]</Id1><Id2>Frame1:[0,0,100,100];Frame2:[10,0,110,100]</Id2>"
+GOOD = (
+    "<Id1>Frame1:[200,300,440,620];Frame2:[220,310,470,640]</Id1><Id2>Frame1:[0,0,100,100];Frame2:[10,0,110,100]</Id2>"
+)
 FLAWS = {  # change -> (format, iou) with frame 1 given
     "no closing tag": (GOOD.replace("</Id2>", ""), 0, 1),
     "wrong closing tag": (GOOD.replace("</Id2>", "</Id1>"), 0, 1),
@@ -203,7 +236,10 @@ FLAWS = {  # change -> (format, iou) with frame 1 given
     "repeated frame, first counts": (GOOD.replace("</Id1>", ";Frame2:[0,0,1,1]</Id1>"), 0, 1),
     "extra frame": (GOOD.replace("</Id1>", ";Frame3:[0,0,1,1]</Id1>"), 0, 1),
     "frames out of order": (
-        GOOD.replace("Frame1:[0,0,100,100];Frame2:[10,0,110,100]", "Frame2:[10,0,110,100];Frame1:[0,0,100,100]"), 0, 1),
+        GOOD.replace("Frame1:[0,0,100,100];Frame2:[10,0,110,100]", "Frame2:[10,0,110,100];Frame1:[0,0,100,100]"),
+        0,
+        1,
+    ),
     "first frame left out": (GOOD.replace("Frame1:[0,0,100,100];", ""), 0, 1),
     "missing identity": (GOOD[: GOOD.index("<Id2>")], 0, 0.5),
     "missing frame": (GOOD.replace(";Frame2:[10,0,110,100]", ""), 0, 0.5),
@@ -234,8 +270,9 @@ def test_identities_that_the_prompt_did_not_name_are_paired_by_overlap():
 
 def test_displacement_gives_a_slope_where_boxes_do_not_overlap():
     def at(x):
-        return trajectory_reward(f"<Id1>Frame1:[0,0,50,50];Frame2:[{x},0,{x + 50},50]</Id1>",
-                                 {1: {1: [0, 0, 50, 50], 2: [0, 0, 50, 50]}})
+        return trajectory_reward(
+            f"<Id1>Frame1:[0,0,50,50];Frame2:[{x},0,{x + 50},50]</Id1>", {1: {1: [0, 0, 50, 50], 2: [0, 0, 50, 50]}}
+        )
 
     rewards = [at(x)["reward"] for x in (100, 200, 400)]
     assert rewards == sorted(rewards, reverse=True) and rewards[0] > rewards[2] and at(100)["iou"] == 0
@@ -274,7 +311,8 @@ def test_ope_metrics_equal_loops_over_thresholds():
             norm += math.hypot(dx / (g[2] - g[0]), dy / (g[3] - g[1])) <= 0.2
         got = tracking.ope_metrics(pred, gt)
         assert got == pytest.approx(
-            {"success": success / n, "precision20": precision / n, "norm_precision20": norm / n})
+            {"success": success / n, "precision20": precision / n, "norm_precision20": norm / n}
+        )
 
 
 def test_perfect_tracker_and_bad_shapes():
@@ -289,9 +327,11 @@ def test_perfect_tracker_and_bad_shapes():
 
 def test_got10k_pools_frames_and_leaves_out_the_first_and_the_invisible():
     gt = np.array([[0, 0, 10, 10]] * 4)
-    videos = [{"pred": gt, "gt": gt, "size": [20, 20], "visible": [1, 0, 1, 1]},
-              {"pred": np.zeros((2, 4)), "gt": gt[:2], "size": [20, 20]},
-              {"pred": [[0] * 4, [0, 0, 30, 10]], "gt": [[0, 0, 20, 10], [0, 0, 30, 10]], "size": [20, 20]}]
+    videos = [
+        {"pred": gt, "gt": gt, "size": [20, 20], "visible": [1, 0, 1, 1]},
+        {"pred": np.zeros((2, 4)), "gt": gt[:2], "size": [20, 20]},
+        {"pred": [[0] * 4, [0, 0, 30, 10]], "gt": [[0, 0, 20, 10], [0, 0, 30, 10]], "size": [20, 20]},
+    ]
     assert tracking.got10k(videos) == pytest.approx({"ao": 3 / 4, "sr50": 3 / 4, "sr75": 3 / 4})
     half = tracking.got10k([{"pred": [[0] * 4, [0, 0, 10, 5]], "gt": gt[:2], "size": [20, 20]}])
     assert half == {"ao": 0.5, "sr50": 0.0, "sr75": 0.0}
@@ -314,8 +354,15 @@ def test_displacement_of_missing_frames():
 
 def test_pairwise_tracking_keeps_the_last_good_frame_as_template():
     asked = []
-    replies = iter(["dog<Id1>Frame1:[0,0,100,100];Frame2:[100,0,200,100]</Id1>", "nothing here", "[200,0,100,100]",
-                    "<Id1>Frame1:[0,0,100,100]</Id1>", "Here: [300, 0, 400, 100]."])
+    replies = iter(
+        [
+            "dog<Id1>Frame1:[0,0,100,100];Frame2:[100,0,200,100]</Id1>",
+            "nothing here",
+            "[200,0,100,100]",
+            "<Id1>Frame1:[0,0,100,100]</Id1>",
+            "Here: [300, 0, 400, 100].",
+        ]
+    )
 
     def ask(template, frame, box):
         asked.append((template, frame, box))

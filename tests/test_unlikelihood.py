@@ -299,7 +299,9 @@ def test_answer_levels_ignore_reduction_and_exemptions():
     @jax.jit
     def losses(logits, targets, turn_id, sigma):
         logps, _ = ul.target_logps(logits, targets, turn_id > 0)
-        options = [{"reduction": reduction, "ul_mask": mask} for reduction in REDUCTIONS for mask in (None, turn_id % 2)]
+        options = [
+            {"reduction": reduction, "ul_mask": mask} for reduction in REDUCTIONS for mask in (None, turn_id % 2)
+        ]
         return {
             level: [ul.reflective_unlikelihood(logps, turn_id, sigma, level=level, **given) for given in options]
             for level in ("seq", "seq_geo")

@@ -117,9 +117,13 @@ def test_a_list_of_arguments_gives_a_list_of_results(function, inputs):
 
 def test_names_of_released_arguments():
     bird = "<|object_ref_start|>b<|object_ref_end|><|box_start|>(0,0),(20,20)<|box_end|><|im_end|>"
-    by_either_name = [evaluate("pr1_counting_reward", {"completion": bird, name: [[10, 10]]}) for name in ("clicks", "solution")]
+    by_either_name = [
+        evaluate("pr1_counting_reward", {"completion": bird, name: [[10, 10]]}) for name in ("clicks", "solution")
+    ]
     assert by_either_name == [1, 1]
     loss = {"logp": [[-1.0, -2.0]], "mask": [[1, 1]], "advantages": [1.0]}
-    same(evaluate("pr1_policy_loss", loss), evaluate("pr1_policy_loss", loss | {"ref_logp": loss["logp"], "beta": 0.04}))
+    same(
+        evaluate("pr1_policy_loss", loss), evaluate("pr1_policy_loss", loss | {"ref_logp": loss["logp"], "beta": 0.04})
+    )
     with pytest.raises(KeyError, match="no function 'pr2'.*pr1_counting_reward"):
         evaluate("pr2", {})

@@ -79,7 +79,11 @@ def test_every_process_and_machine_draws_the_same_items():
     )
     plain = {"NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX2 FMA3 AVX512F AVX512_SKX AVX512_ICL AVX512_SPR"}
     run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | plain, input=pickle.dumps(sources), capture_output=True, check=True
+        [sys.executable, "-c", code],
+        env=os.environ | plain,
+        input=pickle.dumps(sources),
+        capture_output=True,
+        check=True,
     )
     assert json.loads(run.stdout) == [GOLDEN, here]
 
@@ -318,7 +322,8 @@ def test_relation_twins_are_right_and_wrong():
         for record in twins:
             words = [set(name.split()) - {"object"} for name in record["entities"]]
             fits = [
-                {k for k, o in enumerate(objects) if wanted <= {o.size, o.texture, o.colour, o.shape}} for wanted in words
+                {k for k, o in enumerate(objects) if wanted <= {o.size, o.texture, o.colour, o.shape}}
+                for wanted in words
             ]
             roots = set()
             for chosen in itertools.permutations(range(len(objects)), len(words)):

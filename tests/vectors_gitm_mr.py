@@ -26,8 +26,14 @@ def _rel_loc(i):
 
 
 def _sub_score(i):
-    return rcrn.sub_score(_array(i["V_unit"]), _array(i["l_unit"]), _array(i["W1"]).T, _array(i["b1"]),
-                          _array(i["w2"]).reshape(-1), _array(i["b2"]).reshape(()))
+    return rcrn.sub_score(
+        _array(i["V_unit"]),
+        _array(i["l_unit"]),
+        _array(i["W1"]).T,
+        _array(i["b1"]),
+        _array(i["w2"]).reshape(-1),
+        _array(i["b2"]).reshape(()),
+    )
 
 
 def _unary_belief(i):
@@ -57,8 +63,11 @@ def _propagate(run):
         real = jnp.asarray(i["valid"], bool)[None] if mode == "grd" and i.get("valid") is not None else None
         ctx = propagation.contexts(b_loc, graphs, k)
         valid, rows = propagation.candidate_masks(b_loc, graphs, k, mode, real)
-        A = _array(i["A"]).reshape(1, len(i["edges"]) or 1, b_loc.shape[2], -1) if i["edges"] else jnp.zeros(
-            (1, 1, *rows.shape[2:], ctx.shape[2]))
+        A = (
+            _array(i["A"]).reshape(1, len(i["edges"]) or 1, b_loc.shape[2], -1)
+            if i["edges"]
+            else jnp.zeros((1, 1, *rows.shape[2:], ctx.shape[2]))
+        )
         b = run(b_loc, A, ctx, graphs, _array(i["gate"])[None], valid, rows)
         n = len(i["edges"])
         return {"ctx": ctx[0, :n], "b_out": b[0], "cand_valid": valid[0], "rows": rows[0, :n]}
@@ -67,25 +76,42 @@ def _propagate(run):
 
 
 def _node_logit(i):
-    return rcrn.node_logit(_array(i["b"]), i.get("top", 5), _array(i["W1"]).T, _array(i["b1"]),
-                           _array(i["w2"]).reshape(-1), _array(i["b2"]).reshape(()))
+    return rcrn.node_logit(
+        _array(i["b"]),
+        i.get("top", 5),
+        _array(i["W1"]).T,
+        _array(i["b1"]),
+        _array(i["w2"]).reshape(-1),
+        _array(i["b2"]).reshape(()),
+    )
 
 
 def _readout(i):
     score = _array(i["score_bp"])[None]
     graphs = _graph(i, score.shape[1])
     itm, d, edge = propagation.readout(score, _array(i["score_td"])[None], graphs, i.get("mrr_on", "logit"))
-    return {"itm": itm[0], "d": d[0, :len(i["edges"])], "mrr_edge": edge[0]}
+    return {"itm": itm[0], "d": d[0, : len(i["edges"])], "mrr_edge": edge[0]}
 
 
 def _losses(i):
     b_root, proposal, gt_box = _array(i["b_root"]), _array(i["proposal"]), _array(i["gt_box"])
     valid = jnp.asarray(np.ones(b_root.shape) if i.get("valid") is None else i["valid"], bool)
     out = jax.jit(matching.matching_losses)(
-        b_root, valid, jnp.asarray(i["gt_idx"]), i.get("scale", 1.0), _array(i["match_logit"]),
-        jnp.asarray(i["match"], bool), proposal, gt_box, _array(i["pred_delta"]), i.get("weights"))
-    return out | {"target_delta": matching.encode_deltas(proposal, gt_box),
-                  "iou": matching.inclusive_iou(proposal, gt_box)}
+        b_root,
+        valid,
+        jnp.asarray(i["gt_idx"]),
+        i.get("scale", 1.0),
+        _array(i["match_logit"]),
+        jnp.asarray(i["match"], bool),
+        proposal,
+        gt_box,
+        _array(i["pred_delta"]),
+        i.get("weights"),
+    )
+    return out | {
+        "target_delta": matching.encode_deltas(proposal, gt_box),
+        "iou": matching.inclusive_iou(proposal, gt_box),
+    }
 
 
 def _each(function):

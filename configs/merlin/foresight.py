@@ -23,7 +23,10 @@ config = TrainConfig(
     batch_size=16,
     max_steps=600,
     data=DataConfig(
-        train=(f"{CLIPS}&questions=2&length=1000000", "world:grounding?size=84x84&objects=2-4&questions=2&length=1000000"),
+        train=(
+            f"{CLIPS}&questions=2&length=1000000",
+            "world:grounding?size=84x84&objects=2-4&questions=2&length=1000000",
+        ),
         weights=(3.0, 1.0),  # a quarter of what it knew, replayed
         eval=(f"{CLIPS}&split=val",),
         questions_per_image=2,

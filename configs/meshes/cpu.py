@@ -1,6 +1,6 @@
 """This machine's CPU; set jax's number of CPU devices (jax_num_cpu_devices) to rehearse a larger mesh.
 
-    ./launch/local.sh jaxmllm plan configs/quickstart.py --mesh cpu
+./launch/local.sh jaxmllm plan configs/quickstart.py --mesh cpu
 """
 
 from jaxmllm.meshes import CPU, MeshTarget

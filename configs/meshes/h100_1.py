@@ -1,6 +1,6 @@
 """One H100 with 80 GB: 3B and below with all parameters, 7B with adapters.
 
-    ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh h100_1
+./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh h100_1
 """
 
 from jaxmllm.meshes import H100, MeshTarget

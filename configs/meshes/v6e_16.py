@@ -1,6 +1,6 @@
 """A TPU v6e (Trillium) slice of 4 x 4 chips, four hosts: 7B and below with all parameters.
 
-    ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v6e_16
+./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v6e_16
 """
 
 from jaxmllm.meshes import V6E, MeshTarget

@@ -1,6 +1,6 @@
 """Third of the runs that make the embedded model: the decoder learns to bind words to objects, tower frozen.
 
-    ./launch/local.sh jaxmllm train configs/tiny/grounding.py
+./launch/local.sh jaxmllm train configs/tiny/grounding.py
 """
 
 from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig

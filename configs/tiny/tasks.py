@@ -1,8 +1,8 @@
 """Fourth of the runs that make the embedded model: counting, detection, one relation and pages join grounding.
 
-    ./launch/local.sh jaxmllm train configs/tiny/tasks.py
-    ./launch/local.sh jaxmllm convert runs/tiny_tasks/export runs/tiny_tasks_bfloat16 --dtype bfloat16  # for the next ones:
-    ./launch/local.sh jaxmllm convert runs/tiny_tasks_bfloat16 runs/tiny_four_tasks
+./launch/local.sh jaxmllm train configs/tiny/tasks.py
+./launch/local.sh jaxmllm convert runs/tiny_tasks/export runs/tiny_tasks_bfloat16 --dtype bfloat16  # for the next ones:
+./launch/local.sh jaxmllm convert runs/tiny_tasks_bfloat16 runs/tiny_four_tasks
 """
 
 from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig

@@ -171,7 +171,9 @@ def token_logprobs(
         h, target = inputs
         lead = (parts, -1) if parts > 1 else (-1,)
         h, flat = h.reshape(*lead, width), target.reshape(lead)
-        outputs = _whole(h, weights, flat, sampling, seen) if sampling.filters else _in_blocks(h, weights, flat, sampling)
+        outputs = (
+            _whole(h, weights, flat, sampling, seen) if sampling.filters else _in_blocks(h, weights, flat, sampling)
+        )
         if penalised:
             seen = add_seen(seen, target[:, 0])
         return seen, tuple(a.reshape(target.shape) for a in outputs)

@@ -83,9 +83,7 @@ def leave_one_out(
     return token_nll(logps_without, mask[..., None, :]) - token_nll(logps_full, mask)[..., None]
 
 
-def choose_frames(
-    num_frames: int, k: int | None, rng: np.random.Generator, frames: str = "random"
-) -> list[int]:
+def choose_frames(num_frames: int, k: int | None, rng: np.random.Generator, frames: str = "random") -> list[int]:
     """Indices (from 0, ascending) of the single frames to score: k of T without replacement; None or k >= T: all.
 
     `last` is the other reading of Eq. 6: the last frame only.
@@ -116,7 +114,10 @@ def single_frame_clip(index: int, num_frames: int, single_mode: str = "single") 
 
 
 def tpl_filter(
-    scores: ArrayLike, lengths: ArrayLike, tasks: Sequence[Hashable] | None = None, tau: float | None = None,
+    scores: ArrayLike,
+    lengths: ArrayLike,
+    tasks: Sequence[Hashable] | None = None,
+    tau: float | None = None,
     min_tokens: int = 8,
 ) -> Bool[np.ndarray, "N"]:
     """Which samples of a pool to keep: TPL_nll >= tau and at least `min_tokens` answer tokens (utr.md 2.4).

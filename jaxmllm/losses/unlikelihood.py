@@ -229,9 +229,7 @@ def answer_turns(weights: Shaped[Array, "*B S"]) -> Int[Array, "*B S"]:
     return jnp.where(inside, jnp.cumsum(inside & ~before, axis=-1), 0)
 
 
-def turn_probabilities(
-    logps: Float[Array, "*B S"], turn_id: Int[Array, "*B S"], num_turns: int
-) -> Float[Array, "T"]:
+def turn_probabilities(logps: Float[Array, "*B S"], turn_id: Int[Array, "*B S"], num_turns: int) -> Float[Array, "T"]:
     """Mean token probability of each answer index over the batch, to watch during training (sheet reper.md 4.3)."""
     in_turn = turn_id[..., None] == jnp.arange(1, num_turns + 1)
     p = jnp.exp(zero_masked(logps, turn_id > 0))

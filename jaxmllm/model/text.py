@@ -64,9 +64,7 @@ class Attention(nn.Module):
             own_k, own_v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
             prompt_k, prompt_v = prompt_kv
             assert shared.mask is not None
-            out = attention.completion(
-                grouped(q), own_k, own_v, shared.mask, prompt_k, prompt_v, shared.prompt_lengths
-            )
+            out = attention.completion(grouped(q), own_k, own_v, shared.mask, prompt_k, prompt_v, shared.prompt_lengths)
         return Linear((d,), use_bias=False, gain=RESIDUAL_GAIN, name="o_proj")(out.reshape(b, n, -1)), cache, kept
 
 

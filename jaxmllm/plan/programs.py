@@ -328,5 +328,10 @@ class Programs:
         options: dict[str, Any] = dict(update=self.update, loss_norm=self.config.loss_norm)
         work = self._count(step, self.state, prompts, completions)
         return [
-            Phase("update", lambda: sft_step.lower(self.state, prompts, completions, **options), work, self._needed(forward))
+            Phase(
+                "update",
+                lambda: sft_step.lower(self.state, prompts, completions, **options),
+                work,
+                self._needed(forward),
+            )
         ]

@@ -61,7 +61,12 @@ ANSWER_WORDING = Wording(  # the same for any other question
         "Look at the image again and fix these problems.",
         "Can you give a more accurate answer?",
     ),
-    ("Can you do better?", "Please improve your answer.", "Try again and look closely.", "Is that correct? Answer again."),
+    (
+        "Can you do better?",
+        "Please improve your answer.",
+        "Try again and look closely.",
+        "Is that correct? Answer again.",
+    ),
 )
 EXPERT_SYSTEM = "You are an expert in visual perception. Answer from what the image shows, and from nothing else."
 TEMPERATURES = tuple(round(0.2 * k, 1) for k in range(8))  # 0.0 .. 1.4, one candidate each
@@ -330,9 +335,7 @@ def build_dialogue(
     rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
     count = int(rng.choice(len(TURN_SHARES), p=TURN_SHARES)) + 1
     half = (worst["reward"] + top) / 2
-    middle = [
-        c for c in candidates if round(min(c["reward"] - worst["reward"], top - c["reward"]), 9) >= rules.margin
-    ]
+    middle = [c for c in candidates if round(min(c["reward"] - worst["reward"], top - c["reward"]), 9) >= rules.margin]
     between = [min(middle, key=lambda c: (abs(c["reward"] - half), c["temperature"]))] if middle and count == 3 else []
     chosen = [best] if count == 1 else [worst, *between, best]
     wording = wording_of(item.get("record", {}))

@@ -107,7 +107,9 @@ def _write(params, sampling: Sampling, stop_ids: tuple[int, ...], hidden: Float[
     )
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "sampling", "num_generations", "max_new_tokens", "stop_ids", "pad_id"))
+@functools.partial(
+    jax.jit, static_argnames=("cfg", "sampling", "num_generations", "max_new_tokens", "stop_ids", "pad_id")
+)
 def start(
     params,
     cfg: ModelConfig,

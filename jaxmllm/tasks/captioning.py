@@ -132,9 +132,7 @@ def _units(text: str) -> list[tuple[str, str]]:
     """(kind, text) of each word or relation phrase."""
     found = _WORD.findall(text[:CAPTION_CHARS].lower())
     kinds = {  # of each distinct word, without adverbs
-        w: _kind(w)
-        for w in set(found)
-        if not (w in SKIPPED or (w.endswith("ly") and len(w) > 4 and w not in LY_NOUNS))
+        w: _kind(w) for w in set(found) if not (w in SKIPPED or (w.endswith("ly") and len(w) > 4 and w not in LY_NOUNS))
     }
     words = [w for w in found if w in kinds]
     units, i = [], 0

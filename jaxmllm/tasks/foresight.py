@@ -72,10 +72,20 @@ CARRIERS = (
     "{task} request: {ask}. Report it exactly {reply}.",
     "Carry out {task} and {ask}. Put the answer down {reply}.",
 )
-_LEADS = ("From its path, {subject} ", "Judging by its track, {subject} ", "Given its motion so far, {subject} ",
-          "Over these frames {subject} is seen; it ", "Its trajectory shows that {subject} ")
-_VERBS = ("is about to {future}", "will probably {future}", "is likely to {future} next", "looks set to {future}",
-          "is going to {future}")
+_LEADS = (
+    "From its path, {subject} ",
+    "Judging by its track, {subject} ",
+    "Given its motion so far, {subject} ",
+    "Over these frames {subject} is seen; it ",
+    "Its trajectory shows that {subject} ",
+)
+_VERBS = (
+    "is about to {future}",
+    "will probably {future}",
+    "is likely to {future} next",
+    "looks set to {future}",
+    "is going to {future}",
+)
 FUTURES = tuple(lead + verb for lead in _LEADS for verb in _VERBS)  # the subject comes first: path, then conclusion
 _LABEL_CHARS = re.compile(r"[^\w -]+")  # what a label before an identity tag cannot hold
 ABSENT = "There is no {absent} in the given frames."
@@ -150,10 +160,13 @@ def append_newlines(text: str) -> str:
 def _start(record: Mapping[str, Any], coord_space: str, frames: int = 1) -> str:
     """The first `frames` boxes of the queried tracks as they stand in a question; of a chat only the subject's."""
     labels, chat = _labels(record), record["query"]["kind"] == "chat"
-    return write_trajectories([
-        {"id": i, "label": labels[i], "frames": {t: box for t, box in boxes.items() if t <= frames}}
-        for i, boxes in ground_truth(record, coord_space).items() if i == 1 or not chat
-    ])
+    return write_trajectories(
+        [
+            {"id": i, "label": labels[i], "frames": {t: box for t, box in boxes.items() if t <= frames}}
+            for i, boxes in ground_truth(record, coord_space).items()
+            if i == 1 or not chat
+        ]
+    )
 
 
 def _labels(record: Mapping[str, Any]) -> dict[int, str]:
@@ -215,9 +228,7 @@ def prompt(record: Mapping[str, Any], coord_space: str = "norm1000", precise: bo
     return header + text[:1].upper() + text[1:]
 
 
-def content(
-    record: Mapping[str, Any], coord_space: str = "norm1000", precise: bool = True
-) -> list[dict[str, Any]]:
+def content(record: Mapping[str, Any], coord_space: str = "norm1000", precise: bool = True) -> list[dict[str, Any]]:
     """The user's message in parts: text and the record's images in turn, as chat templates take them.
 
     Raises:
@@ -225,7 +236,9 @@ def content(
     """
     texts = prompt(record, coord_space, precise).split("<image>")
     if len(texts) - 1 != len(record["images"]):
-        raise ValueError(f"the prompt has {len(texts) - 1} places for images, the record {len(record['images'])} images")
+        raise ValueError(
+            f"the prompt has {len(texts) - 1} places for images, the record {len(record['images'])} images"
+        )
     parts = [{"type": "text", "text": texts[0]}]
     for image, text in zip(record["images"], texts[1:], strict=True):
         parts += [{"type": "image", "image": image}, {"type": "text", "text": text}]
@@ -235,8 +248,11 @@ def content(
 def fill_boxes(text: str, record: Mapping[str, Any], coord_space: str = "norm1000") -> str:
     """`{0}`, `{1}`, .. replaced by the record's `boxes`; other braces stay."""
     boxes = record.get("boxes", ())
-    return re.sub(r"\{([0-9]{1,4})\}", lambda m: _box(record, boxes[int(m[1])], coord_space)
-                  if int(m[1]) < len(boxes) else m[0], text)
+    return re.sub(
+        r"\{([0-9]{1,4})\}",
+        lambda m: _box(record, boxes[int(m[1])], coord_space) if int(m[1]) < len(boxes) else m[0],
+        text,
+    )
 
 
 # ---- answers
@@ -291,14 +307,20 @@ def dialogue(record: Mapping[str, Any], coord_space: str = "norm1000") -> list[t
     turns = [(prompt(record, coord_space), answer(record, coord_space))]
     header = image_header(shown_frames(record))
     if record.get("caption"):
-        turns = [(header + "What happens in these frames?", record["caption"]),
-                 (turns[0][0].removeprefix(header), turns[0][1])]
+        turns = [
+            (header + "What happens in these frames?", record["caption"]),
+            (turns[0][0].removeprefix(header), turns[0][1]),
+        ]
     motions, labels = record["query"].get("motions", {}), _labels(record)
     for i, track in _subjects(record)[1:2]:
         if str(track["id"]) in motions:
             path = f"<Id{i}>{write_frames(ground_truth(record, coord_space)[i])}</Id{i}>"
-            turns.append((f"And what does the {labels[i]}<Id{i}></Id{i}> do?",
-                          f"The {labels[i]}{path} {motions[str(track['id'])]}."))
+            turns.append(
+                (
+                    f"And what does the {labels[i]}<Id{i}></Id{i}> do?",
+                    f"The {labels[i]}{path} {motions[str(track['id'])]}.",
+                )
+            )
     return turns
 
 
@@ -352,8 +374,9 @@ def reward(text: str, record: Mapping[str, Any], coord_space: str = "norm1000") 
         denied = text.strip().lower().startswith("there is no ") and not trajectories.parse_trajectories(text)
         return {"reward": float(denied)}
     given = _first_given(record)
-    parts = trajectory_reward(text, ground_truth(record, coord_space), given, _extent(record, coord_space),
-                              "id" if given else "hungarian")
+    parts = trajectory_reward(
+        text, ground_truth(record, coord_space), given, _extent(record, coord_space), "id" if given else "hungarian"
+    )
     if "choices" not in query:
         return parts
     right = float(parse_choice(text, query["choices"]) == query["correct"])
@@ -397,15 +420,22 @@ def metric(
 def _tracking(text: str, record: Mapping[str, Any], coord_space: str) -> dict[str, float]:
     gt, horizon = ground_truth(record, coord_space), record["query"].get("horizon", 0)
     gt = {1: gt[1]} if record["query"]["kind"] == "chat" else gt  # the question does not say who else is involved
-    pairs = trajectories.match_identities(trajectories.parse_trajectories(text), gt, _first_given(record),
-                                          _extent(record, coord_space), "id" if _first_given(record) else "hungarian")
+    pairs = trajectories.match_identities(
+        trajectories.parse_trajectories(text),
+        gt,
+        _first_given(record),
+        _extent(record, coord_space),
+        "id" if _first_given(record) else "hungarian",
+    )
     pred = {i: block["frames"] for i, block in pairs.items()}
     known = shown_frames(record) if horizon else 2
     seen = {i: {t: box for t, box in true.items() if t <= known} for i, true in gt.items()}
     # Of the known frames only the last stays: it is the one that the measures leave out.
     later = {i: {t: box for t, box in true.items() if t >= max(seen[i])} for i, true in gt.items() if seen[i]}
     moved = {i: trajectories.constant_velocity(seen[i], list(true)) for i, true in later.items()}
-    scores = _scores(pred, gt) | _scores(trajectories.static_copy(gt), gt, "static_") | _scores(moved, later, "velocity_")
+    scores = (
+        _scores(pred, gt) | _scores(trajectories.static_copy(gt), gt, "static_") | _scores(moved, later, "velocity_")
+    )
     return scores | (_scores(pred, later, "future_") if horizon else {})
 
 
@@ -415,8 +445,13 @@ def _scores(pred: Mapping[int, Any], gt: Mapping[int, Any], prefix: str = "") ->
     if not ious:
         return {}
     moves = [trajectories.ade_fde(pred.get(i, {}), true) for i, true in gt.items() if len(true) > 1]
-    scores = {"ao": np.mean(ious), "sr50": np.mean(np.array(ious) > 0.5), "sr75": np.mean(np.array(ious) > 0.75),
-              "ade": np.mean([d for move in moves for d in move["distances"]]), "fde": np.mean([m["fde"] for m in moves])}
+    scores = {
+        "ao": np.mean(ious),
+        "sr50": np.mean(np.array(ious) > 0.5),
+        "sr75": np.mean(np.array(ious) > 0.75),
+        "ade": np.mean([d for move in moves for d in move["distances"]]),
+        "fde": np.mean([m["fde"] for m in moves]),
+    }
     return {prefix + name: float(value) for name, value in scores.items()}
 
 

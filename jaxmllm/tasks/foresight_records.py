@@ -15,7 +15,12 @@ from jaxmllm.tasks.answers import choose
 from jaxmllm.tasks.trajectories import int_keys
 
 CLIP_LENGTHS = {2: 0.25, 3: 0.25, 4: 0.25, 5: 0.25}  # frames of a clip -> probability
-CLIP_GAPS = {1: 0.2, 3: 0.8 / 3, 4: 0.8 / 3, 5: 0.8 / 3}  # source frames between them; 1 is what pairwise tracking meets
+CLIP_GAPS = {
+    1: 0.2,
+    3: 0.8 / 3,
+    4: 0.8 / 3,
+    5: 0.8 / 3,
+}  # source frames between them; 1 is what pairwise tracking meets
 TINY = 1 / 32  # of the image, by the longest side: the area reading would contradict printed samples
 MAX_CATEGORIES = 15
 NEGATIVE_SHARE = 0.1  # of tracking, referring and detection questions
@@ -42,8 +47,12 @@ def sample_clip(total: int, rng: np.random.Generator) -> list[int]:
     Raises:
         ValueError: fewer than two frames.
     """
-    fitting = [(length, gap, p * q) for length, p in CLIP_LENGTHS.items() for gap, q in CLIP_GAPS.items()
-               if (length - 1) * gap < total]
+    fitting = [
+        (length, gap, p * q)
+        for length, p in CLIP_LENGTHS.items()
+        for gap, q in CLIP_GAPS.items()
+        if (length - 1) * gap < total
+    ]
     if not fitting:
         raise ValueError(f"a clip needs at least 2 frames, the video has {total}")
     weights = np.array([weight for *_, weight in fitting])
@@ -79,14 +88,23 @@ def detection_record(record: Mapping[str, Any], rng: np.random.Generator, every:
 
     `every` asks for everything, else for the categories by name.
     """
-    pairs = [(label, box) for label, box in zip(record["labels"], record["boxes"], strict=True)
-             if not is_tiny(box, record["size"])]
+    pairs = [
+        (label, box)
+        for label, box in zip(record["labels"], record["boxes"], strict=True)
+        if not is_tiny(box, record["size"])
+    ]
     names = list(dict.fromkeys(label for label, _ in pairs))
     names = [names[i] for i in sorted(rng.permutation(len(names))[:MAX_CATEGORIES])]
     pairs = [pair for name in names for pair in pairs if pair[0] == name]
     query = {"kind": "detection", "wording": int(rng.integers(1 << 16))}
-    return {**record, "task": "foresight", "query": query, "categories": [] if every else names,
-            "labels": [label for label, _ in pairs], "boxes": [box for _, box in pairs]}
+    return {
+        **record,
+        "task": "foresight",
+        "query": query,
+        "categories": [] if every else names,
+        "labels": [label for label, _ in pairs],
+        "boxes": [box for _, box in pairs],
+    }
 
 
 def make_query(
@@ -138,8 +156,12 @@ def _draw(kind, tracks, record, shown, rng, max_tracks) -> dict[str, Any] | None
         cues = {"appearance": (track.get("appearance") or [])[:1], "action": _actions(track, 1, shown)[:1]}
         others = [other for other in record["tracks"] if other["id"] != track["id"]]
         taken = {c for other in others for c in (*(other.get("appearance") or ()), *_actions(other, 1, shown))}
-        cues = {name: f"the {track['names'][-1]} {c}" if name == "action" else f"the {c}"
-                for name, found in cues.items() for c in found if c not in taken}
+        cues = {
+            name: f"the {track['names'][-1]} {c}" if name == "action" else f"the {c}"
+            for name, found in cues.items()
+            for c in found
+            if c not in taken
+        }
         if kind == "video_reg":
             action = _actions(track, 1, shown)
             if action:
@@ -148,8 +170,7 @@ def _draw(kind, tracks, record, shown, rng, max_tracks) -> dict[str, Any] | None
         observations = [name for name in OBSERVATIONS if name in cues or (name == "location" and kind == "generic")]
         if observations:
             chosen = observations[rng.integers(len(observations))]
-            return {"ids": [track["id"]], "observation": chosen} | (
-                {"cue": cues[chosen]} if chosen in cues else {})
+            return {"ids": [track["id"]], "observation": chosen} | ({"cue": cues[chosen]} if chosen in cues else {})
     return None
 
 
@@ -184,9 +205,7 @@ def _meeting(track, tracks, shown: int) -> Mapping[str, Any] | None:
     return None
 
 
-def future_of(
-    track: Mapping[str, Any], tracks: Sequence[Mapping[str, Any]], shown: int
-) -> dict[str, Any] | None:
+def future_of(track: Mapping[str, Any], tracks: Sequence[Mapping[str, Any]], shown: int) -> dict[str, Any] | None:
     """What a track does after frame `shown`, None without a later box.
 
     `future` in words, preferring the first meeting, then a new action, then the displacement; `direction` and `speed` of
@@ -203,8 +222,11 @@ def future_of(
     if meeting is not None:
         theirs = int_keys(meeting["boxes"])
         how = "".join(displacement(theirs[min(theirs)], theirs[shown]))
-        found |= {"future": f"run into the {meeting['names'][-1]}", "ids": [meeting["id"]],
-                  "motions": {str(meeting["id"]): how.replace(" ", "s ", 1)}}  # moves left, stays where it is
+        found |= {
+            "future": f"run into the {meeting['names'][-1]}",
+            "ids": [meeting["id"]],
+            "motions": {str(meeting["id"]): how.replace(" ", "s ", 1)},
+        }  # moves left, stays where it is
     elif actions and actions[0] not in _actions(track, shown, shown):
         found["future"] = f"start {actions[0]}"
     return found
@@ -214,13 +236,22 @@ def future_query(track: Mapping[str, Any], future: Mapping[str, Any], rng: np.ra
     """The fields of a chat query; half of the time a multiple-choice question about the displacement (four options)."""
     question = QUESTIONS[rng.integers(len(QUESTIONS))]
     if rng.random() < 0.5:
-        return {"ids": [track["id"], *future["ids"]], "motions": dict(future["motions"]), "future": future["future"],
-                "question": question}
+        return {
+            "ids": [track["id"], *future["ids"]],
+            "motions": dict(future["motions"]),
+            "future": future["future"],
+            "question": question,
+        }
     still = MOVES[0, 0]
     others = [move for move in MOVES.values() if move != future["direction"]]
     wrong = [others[i] for i in rng.permutation(len(others))[:3]]
     speed = future["speed"] or SPEEDS[1][1]
     options = [move if move == still else move + speed for move in (future["direction"], *wrong)]
     order = rng.permutation(4).tolist()
-    return {"ids": [track["id"]], "future": options[0], "question": question, "choices": [options[i] for i in order],
-            "correct": chr(65 + order.index(0))}
+    return {
+        "ids": [track["id"]],
+        "future": options[0],
+        "question": question,
+        "choices": [options[i] for i in order],
+        "correct": chr(65 + order.index(0)),
+    }

@@ -148,8 +148,10 @@ class Oracle:
     def decided(self, graph: Graph) -> bool:
         """Whether no relation of the graph is undecided on a pair of objects that fit its two nodes."""
         fits = [self.candidates(words) for words in graph.nodes]
-        return all((self.table(relation)[np.ix_(fits[p], fits[c])] >= 0).all()
-                   for (p, c), relation in zip(graph.edges, graph.relations, strict=True))
+        return all(
+            (self.table(relation)[np.ix_(fits[p], fits[c])] >= 0).all()
+            for (p, c), relation in zip(graph.edges, graph.relations, strict=True)
+        )
 
     def referents(self, graph: Graph, wildcard: int | None = None, injective: bool = True) -> set[int]:
         """Objects that the root can be, with every node a fitting object (all different if `injective`) and every edge
@@ -196,8 +198,10 @@ def _outwards(graph: Graph) -> list[int]:
 def sample_tree(n_edges: int, shape: str, rng: np.random.Generator) -> list[tuple[int, int]]:
     """Edges of a tree with root 0, numbered as its expression mentions them: leaves before branches, depth first."""
     choose(shape, SHAPES, "shape")
-    above = [0 if shape == "star" else child - 1 if shape == "chain" else int(rng.integers(child))
-             for child in range(1, n_edges + 1)]
+    above = [
+        0 if shape == "star" else child - 1 if shape == "chain" else int(rng.integers(child))
+        for child in range(1, n_edges + 1)
+    ]
     children: dict[int, list[int]] = {node: [] for node in range(n_edges + 1)}
     for child, parent in enumerate(above, 1):
         children[parent].append(child)
@@ -228,10 +232,15 @@ def balanced_kernel(
 
     A Metropolis chain on the substitutes that allow both directions. What is left to 1 means "choose another edge".
     """
-    both = {r: [s for s in options if r in substitutes.get(s, ()) and frequency.get(s, 0) > 0]
-            for r, options in substitutes.items() if frequency.get(r, 0) > 0}
-    return {r: {s: min(1 / len(options), frequency[s] / (frequency[r] * len(both[s]))) for s in options}
-            for r, options in both.items()}
+    both = {
+        r: [s for s in options if r in substitutes.get(s, ()) and frequency.get(s, 0) > 0]
+        for r, options in substitutes.items()
+        if frequency.get(r, 0) > 0
+    }
+    return {
+        r: {s: min(1 / len(options), frequency[s] / (frequency[r] * len(both[s]))) for s in options}
+        for r, options in both.items()
+    }
 
 
 def describe(
@@ -239,8 +248,11 @@ def describe(
 ) -> tuple[str, ...]:
     """A random subset of an object's attributes in English order, without the `hidden` ones; the shape or a bare noun
     closes it."""
-    words = [str(obj[name]) for name in ATTRIBUTES if name in obj and name not in hidden and obj[name] not in SILENT
-             and (name == "shape" or rng.random() < chance)]
+    words = [
+        str(obj[name])
+        for name in ATTRIBUTES
+        if name in obj and name not in hidden and obj[name] not in SILENT and (name == "shape" or rng.random() < chance)
+    ]
     return tuple(words if "shape" in obj and "shape" not in hidden else [*words, NOUN])
 
 
@@ -249,8 +261,12 @@ def _ground(oracle: Oracle, edges, rng, relations) -> Graph | None:
     chosen = {0: int(rng.integers(len(oracle.objects)))}
     spoken = []
     for subject, node in edges:
-        options = [(r, j) for r in relations for j in np.flatnonzero(oracle.table(r)[chosen[subject]] == 1).tolist()
-                   if j not in chosen.values()]
+        options = [
+            (r, j)
+            for r in relations
+            for j in np.flatnonzero(oracle.table(r)[chosen[subject]] == 1).tolist()
+            if j not in chosen.values()
+        ]
         if not options:
             return None
         wanted = {r for r, _ in options}
@@ -389,8 +405,9 @@ def in_cell(record: Mapping[str, Any], cell: str) -> bool:
     """Whether a record belongs to a split of `CELLS` by its edges, words and shape."""
     (fewest, most), (shortest, longest), shape = CELLS[choose(cell, CELLS, "cell")]
     chain = all(b[0] == a[1] for a, b in itertools.pairwise(record["edges"]))
-    return (fewest <= len(record["edges"]) <= most and shortest <= record["length"] <= longest
-            and (shape is None or chain))
+    return (
+        fewest <= len(record["edges"]) <= most and shortest <= record["length"] <= longest and (shape is None or chain)
+    )
 
 
 def chance_of_edges(counts: Iterable[int]) -> float:

@@ -63,8 +63,16 @@ def phrase_foil(record: Mapping[str, Any], rng: np.random.Generator) -> dict[str
     relations[edge] = phrase
     expression = text[:start] + phrase + text[end:]
     twin = {k: v for k, v in record.items() if k != "box"}
-    return twin | {"expression": expression, "relations": relations, "spans": spans, "match": False, "foil_pos": edge,
-                   "foil_phrase": phrase, "target_phrase": record["relations"][edge], "length": len(expression.split())}
+    return twin | {
+        "expression": expression,
+        "relations": relations,
+        "spans": spans,
+        "match": False,
+        "foil_pos": edge,
+        "foil_phrase": phrase,
+        "target_phrase": record["relations"][edge],
+        "length": len(expression.split()),
+    }
 
 
 def _plain(phrase: str) -> str:

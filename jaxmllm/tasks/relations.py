@@ -39,26 +39,25 @@ _TRACE = ' Add "nodes", a box for every phrase ({phrases}), and "verdicts", true
 def relation_lines(record: Mapping[str, Any]) -> list[str]:
     """`R1: red circle — left of — small square`, one line a relation."""
     names = record["entities"]
-    return [f"R{n}: {names[s]} — {relation} — {names[o]}"
-            for n, ((s, o), relation) in enumerate(zip(record["edges"], record["relations"], strict=True), 1)]
+    return [
+        f"R{n}: {names[s]} — {relation} — {names[o]}"
+        for n, ((s, o), relation) in enumerate(zip(record["edges"], record["relations"], strict=True), 1)
+    ]
 
 
-def prompt(
-    record: Mapping[str, Any], style: str = "qwen2_5_vl", thinking: bool = False, trace: bool = False
-) -> str:
+def prompt(record: Mapping[str, Any], style: str = "qwen2_5_vl", thinking: bool = False, trace: bool = False) -> str:
     """The question with the numbered relations and the two forms of the answer; `trace` also asks for the trace."""
     answers.choose(style, answers.STYLES, "style")
     lines = relation_lines(record)
     wrong = '{"match": false, "relation": "R1"} with its number' if lines else '{"match": false}'
     text = _QUESTION.format(
-        expression=record["expression"], relations="\n".join(["Relations:", *lines] if lines else []), wrong=wrong)
+        expression=record["expression"], relations="\n".join(["Relations:", *lines] if lines else []), wrong=wrong
+    )
     text += _TRACE.format(phrases=", ".join(record["entities"])) if trace else ""
     return text + answers.THINKING_SUFFIX.replace(" (number)", "") if thinking else text
 
 
-def answer(
-    record: Mapping[str, Any], style: str = "qwen2_5_vl", thinking: bool = False, thought: str = ""
-) -> str:
+def answer(record: Mapping[str, Any], style: str = "qwen2_5_vl", thinking: bool = False, thought: str = "") -> str:
     """The gold answer: one JSON object on one line."""
     frame = answers.STYLES[answers.choose(style, answers.STYLES, "style")].frame
     if record["match"]:
@@ -90,8 +89,13 @@ def parse(text: str, n_relations: int | None = None, thinking: bool = False) -> 
         in_range = relation is not None and relation < (math.inf if n_relations is None else n_relations)
         if "bbox_2d" in value or not (optional or in_range):
             return None
-    return {"match": match, "box": box, "relation": relation, "nodes": value.get("nodes"),
-            "verdicts": value.get("verdicts")}
+    return {
+        "match": match,
+        "box": box,
+        "relation": relation,
+        "nodes": value.get("nodes"),
+        "verdicts": value.get("verdicts"),
+    }
 
 
 def _last_object(text: str) -> dict[str, Any] | None:
@@ -284,7 +288,9 @@ def metric(
         for group in (f"edges={count}", f"words={'17+' if up_to == 'more' else '<=' + up_to}"):
             groups.setdefault(group, []).append(i)
     for group in sorted(groups):
-        some: dict[str, Any] = {name: [values[i] for i in groups[group]] for name, values in rows.items() if name != "length"}
+        some: dict[str, Any] = {
+            name: [values[i] for i in groups[group]] for name, values in rows.items() if name != "length"
+        }
         out[f"joint_acc/{group}"] = cascade_metrics(**some)["joint_acc"]
     readable = [parse(text, count, thinking) is not None for text, count in zip(texts, edges, strict=True)]
     out |= {"format": 100 * float(np.mean(readable)), "said_match": 100 * float(np.mean(rows["match_pred"]))}
@@ -297,8 +303,10 @@ def metric(
 def triple_questions(record: Mapping[str, Any]) -> list[str]:
     """A yes/no question per relation, for backbones that verify triples; score each by log p(yes) - log p(no)."""
     names = record["entities"]
-    return [f"Is the {names[s]} {relation} the {names[o]}? Answer yes or no."
-            for (s, o), relation in zip(record["edges"], record["relations"], strict=True)]
+    return [
+        f"Is the {names[s]} {relation} the {names[o]}? Answer yes or no."
+        for (s, o), relation in zip(record["edges"], record["relations"], strict=True)
+    ]
 
 
 def triple_readout(margins: Sequence[float], threshold: float = 0.0) -> tuple[bool, int]:

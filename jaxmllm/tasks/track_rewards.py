@@ -29,9 +29,7 @@ Trajectory = Mapping[Any, Sequence[float]]  # frame (int or its digits) -> [x1, 
 _NUMBER = r"(-?[0-9]++(?:\.[0-9]++)?+)"
 _FLAGS = re.ASCII | re.IGNORECASE
 _ID = re.compile(r"<\s*+(/?+)\s*+id\s*+([0-9]{1,9}+)\s*+>", _FLAGS)
-_ENTRY = re.compile(
-    r"frame\s*+([0-9]{1,9}+)\s*+:\s*+\[\s*+" + r"\s*+,\s*+".join([_NUMBER] * 4) + r"\s*+\]", _FLAGS
-)
+_ENTRY = re.compile(r"frame\s*+([0-9]{1,9}+)\s*+:\s*+\[\s*+" + r"\s*+,\s*+".join([_NUMBER] * 4) + r"\s*+\]", _FLAGS)
 _TRACK = re.compile(r"track\s*+[0-9]++\s*+:", _FLAGS)
 _TAG = re.compile(r"<(/?)(think|answer|attr)>", _FLAGS)
 _RANGE = re.compile(r"([0-9]{1,9}+)\s*+(?:-|~|to)\s*+([0-9]{1,9}+)", _FLAGS)

@@ -243,9 +243,7 @@ def _cue(record: Mapping[str, Any], style: str) -> str:
     return query["cue"]
 
 
-def prompt(
-    record: Mapping[str, Any], style: str = "qwen2_5_vl", form: str = "answer", thinking: bool = False
-) -> str:
+def prompt(record: Mapping[str, Any], style: str = "qwen2_5_vl", form: str = "answer", thinking: bool = False) -> str:
     """The question of a task record, with the frames named first and the wanted format last."""
     answers.choose(form, FORMS, "form")
     answers.choose(style, answers.STYLES, "style")
@@ -277,9 +275,7 @@ def answer(
     answers.choose(style, answers.STYLES, "style")
     targets = _targets(record)
     lines = [track_rewards.write_track(t["id"], t["names"][0], _whole(record, t, style)) for t in targets]
-    values = {
-        key: f"{golds[0]}-{golds[1]}" if key == "frames" else golds[0] for key, golds in _golds(record).items()
-    }
+    values = {key: f"{golds[0]}-{golds[1]}" if key == "frames" else golds[0] for key, golds in _golds(record).items()}
     if form == "answer":
         block = "\n".join([*lines, track_rewards.write_attrs(values)] if values else lines)
         return f"{f'<think>{thought}</think>' if thinking else ''}<answer>\n{block}\n</answer>"
@@ -316,9 +312,7 @@ def reward(
     return {key: value for key, value in named.items() if value is not None}
 
 
-def metric(
-    texts: Sequence[str], records: Sequence[Mapping[str, Any]], style: str = "qwen2_5_vl"
-) -> dict[str, float]:
+def metric(texts: Sequence[str], records: Sequence[Mapping[str, Any]], style: str = "qwen2_5_vl") -> dict[str, float]:
     """Mean reward and parts over the records that have them, and `static_traj`: the trajectory IoU, before any lift, of
     copying each target's query (or first) box to every frame.
     """

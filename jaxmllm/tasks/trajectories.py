@@ -52,8 +52,10 @@ def quantize_box(
         x2, y2 = x1 + x2, y1 + y2
     divisors = _divisor(w, h, mode)
     # Multiplied first: 57 / 100 * 1000 is 569.99.. in floating point.
-    return [math.floor(min(max(v, 0.0), (w, h)[i % 2]) * extent[i % 2] / divisors[i % 2])
-            for i, v in enumerate((x1, y1, x2, y2))]
+    return [
+        math.floor(min(max(v, 0.0), (w, h)[i % 2]) * extent[i % 2] / divisors[i % 2])
+        for i, v in enumerate((x1, y1, x2, y2))
+    ]
 
 
 def format_box(q: Sequence[int]) -> str:
@@ -231,7 +233,8 @@ def tracking_ao(pred: Frames, gt: Frames) -> dict[str, Any]:
     if not ious:
         return {"ious": [], "ao": math.nan, "sr50": math.nan, "sr75": math.nan}
     return {"ious": ious, "ao": float(np.mean(ious))} | {
-        f"sr{100 * threshold:.0f}": float(np.mean(np.array(ious) > threshold)) for threshold in (0.5, 0.75)}
+        f"sr{100 * threshold:.0f}": float(np.mean(np.array(ious) > threshold)) for threshold in (0.5, 0.75)
+    }
 
 
 def ade_fde(pred: Frames, gt: Frames, missing: str = "hold") -> dict[str, Any]:
@@ -291,8 +294,11 @@ def trajectory_reward(
             nearness.append(scores[1])
     right = Counter(block["id"] for block in blocks) == Counter(gt.keys()) and len(pairs) == len(gt)
     right = right and all(
-        block["closed"] and block["listed"] == sorted(gt[i]) and
-        all(box_in_range(box, extent) for box in block["frames"].values()) for i, block in pairs.items())
+        block["closed"]
+        and block["listed"] == sorted(gt[i])
+        and all(box_in_range(box, extent) for box in block["frames"].values())
+        for i, block in pairs.items()
+    )
     iou, disp = (float(np.mean(values)) if values else 0.0 for values in (ious, nearness))
     return {"format": float(right), "iou": iou, "disp": disp, "reward": 0.1 * right + 0.6 * iou + 0.3 * disp}
 
@@ -326,8 +332,10 @@ def match_identities(
         return {i: written[i] for i in gt if i in written}
 
     def mean_iou(true, found):
-        ious = [float(box_iou(found[t], true[t])) if t in found and box_in_range(found[t], extent) else 0.0
-                for t in _graded(true, given_first)]
+        ious = [
+            float(box_iou(found[t], true[t])) if t in found and box_in_range(found[t], extent) else 0.0
+            for t in _graded(true, given_first)
+        ]
         return float(np.mean(ious)) if ious else 0.0
 
     found = list(written.values())

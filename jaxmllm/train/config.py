@@ -105,7 +105,9 @@ class UnlikelihoodConfig:
 class DPOConfig:
     """Preference optimisation; names are TRL's. The reference is the model that the run starts from."""
 
-    loss_type: Literal["sigmoid", "lipo"] = "sigmoid"  # DPO on the best and worst answer; LiPO-lambda on the whole ranking
+    loss_type: Literal["sigmoid", "lipo"] = (
+        "sigmoid"  # DPO on the best and worst answer; LiPO-lambda on the whole ranking
+    )
     beta: float = 0.1
     label_smoothing: float = 0.0  # sigmoid: chance that a pair is labelled the wrong way round, below 0.5
 

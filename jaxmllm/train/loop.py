@@ -30,8 +30,21 @@ from jaxmllm.train.warmup import HEADS
 
 log = logging.getLogger(__name__)
 # may differ when a run goes on: they do not enter the numbers of an update
-FREE_FIELDS: tuple[str, ...] = ("max_seconds", "output_dir", "logging_steps", "save_steps", "save_total_limit", "export")
-FREE_FIELDS += ("data.workers", "report_to", "data.max_bad_records", "optim.max_nonfinite_steps", "rollout.reward_errors")
+FREE_FIELDS: tuple[str, ...] = (
+    "max_seconds",
+    "output_dir",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "export",
+)
+FREE_FIELDS += (
+    "data.workers",
+    "report_to",
+    "data.max_bad_records",
+    "optim.max_nonfinite_steps",
+    "rollout.reward_errors",
+)
 FREE_FIELDS += ("rollout.reward_processes", "rollout.reward_timeout")
 FREE_FIELDS += ("profile", "mesh", "sample_mesh")  # another machine: the same numbers up to rounding
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, start the same command again

@@ -21,9 +21,7 @@ LARGER = 1.2  # "larger than": ratio of the sides
 _SPOKEN = {"same colour as": "of the same colour as", "same shape as": "of the same shape as"}
 
 
-def relation_margins(
-    objects: Sequence[SceneObject], relation: str, size: tuple[int, int]
-) -> Float[np.ndarray, "N N"]:
+def relation_margins(objects: Sequence[SceneObject], relation: str, size: tuple[int, int]) -> Float[np.ndarray, "N N"]:
     """Margin in pixels of "object i `relation` object j" for every pair; an object is in no relation to itself.
 
     left of, right of, above, below: the centre lies that way, and farther that way than across. next to: the boxes are

@@ -144,7 +144,6 @@ class Page:
         image = np.repeat(grey[..., None], 3, -1)
         return finish(image, self.spec.noise, Stream(*self.address, PIXELS))
 
-
     def owner(self) -> Int16[np.ndarray, "H W"]:
         """The number in `words` of the word whose box holds each pixel; -1 elsewhere."""
         width, height = self.size

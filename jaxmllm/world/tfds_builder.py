@@ -73,4 +73,3 @@ def materialise(
         raise InputError(f"{target}: there is a data set already; remove it or choose another folder")
     builder.download_and_prepare()
     return target
-

@@ -194,9 +194,7 @@ def agreement(ours: np.ndarray, theirs: np.ndarray) -> tuple[list[dict[str, floa
     allowed = float(stats.t.ppf(1 - LEVEL / 2 / count, freedom)) * pooled * math.sqrt(2 / n)
     errors = [table.std(0, ddof=1) / math.sqrt(n) for table in (ours, theirs)]
     columns = (ours.mean(0), errors[0], theirs.mean(0), errors[1], ours.mean(0) - theirs.mean(0))
-    rows = [
-        dict(zip(COLUMNS, [*map(float, values), allowed], strict=True)) for values in zip(*columns, strict=True)
-    ]
+    rows = [dict(zip(COLUMNS, [*map(float, values), allowed], strict=True)) for values in zip(*columns, strict=True)]
     return rows, all(abs(row["difference"]) <= allowed for row in rows)
 
 
@@ -264,7 +262,9 @@ def compare(args) -> None:
     tables = [windows(curves[side], args.window) for side in SIDES]
     compared, agree = agreement(*tables)
     rows = {f"updates {k * args.window + 1}-{(k + 1) * args.window}": row for k, row in enumerate(compared)}
-    summary: dict[str, Any] = {f"rise of {s}": float((t[:, -1] - t[:, 0]).mean()) for s, t in zip(SIDES, tables, strict=True)}
+    summary: dict[str, Any] = {
+        f"rise of {s}": float((t[:, -1] - t[:, 0]).mean()) for s, t in zip(SIDES, tables, strict=True)
+    }
     summary |= {f"seconds of {side}": sum(one["seconds"] for one in seeds) for side, seeds in found.items()}
     summary["verdict"] = "the curves agree within seed noise" if agree else "the curves differ by more than seed noise"
     used = {name: version for seeds in found.values() for name, version in seeds[0]["versions"].items()}

@@ -61,7 +61,10 @@ def measure(config: str, flags: tuple[str, ...], repeats: int) -> dict[str, dict
     rows = {}
     for name, starts in found.items():
         rows[name] = {figure: statistics.median(one[figure] for one in starts) for figure in starts[0]}
-        rows[name] |= {"fastest": min(one["seconds"] for one in starts), "slowest": max(one["seconds"] for one in starts)}
+        rows[name] |= {
+            "fastest": min(one["seconds"] for one in starts),
+            "slowest": max(one["seconds"] for one in starts),
+        }
     return rows
 
 

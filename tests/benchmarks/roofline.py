@@ -68,7 +68,9 @@ def main() -> None:
         changes = {"text": {"num_hidden_layers": args.layers}, "vision": full}
     cfg = architecture(args.model, dtype=args.dtype, remat="full", **changes)
     rows = measure(Phases(cfg, size), peak, args.repeats)
-    settings = dataclasses.asdict(size) | {name: getattr(args, name) for name in ("model", "layers", "dtype", "repeats")}
+    settings = dataclasses.asdict(size) | {
+        name: getattr(args, name) for name in ("model", "layers", "dtype", "repeats")
+    }
     summary = {name: value / 1e9 for name, value in peak.items()}
     summary = {f"peak, 1e9 {name}": value for name, value in summary.items()}
     summary["update: share of the matmul peak"] = rows["update"]["share of FLOP/s"]

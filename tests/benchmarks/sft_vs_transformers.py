@@ -55,7 +55,9 @@ def ours(setup: dict) -> None:
     params, prompts = hf.load_params(folder, cfg), jax_prompts(folder)
     tx = make_optimizer(OptimConfig(learning_rate=LEARNING_RATE, lr_scheduler_type="constant"), 1)
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params))
-    state = jax.device_put(state, jax.devices()[0])  # where an update leaves it: otherwise the second call is another program
+    state = jax.device_put(
+        state, jax.devices()[0]
+    )  # where an update leaves it: otherwise the second call is another program
     del params  # the state's, and donated with it
     update = Update(cfg, tx, ".*")
     ids = jnp.asarray(answers(setup), jnp.int32)

@@ -61,7 +61,10 @@ def look(pid: int) -> dict[str, float]:
 def watch(command: list[str], seconds: float, folder: Path) -> tuple[list[dict], list[tuple[float, str]], int]:
     """Looks (with their second), compilations (second, program), and the exit status."""
     looks, compiled, log = [], [], folder / "log.txt"
-    env = os.environ | {"JAX_LOG_COMPILES": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    env = os.environ | {
+        "JAX_LOG_COMPILES": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     began, read = time.monotonic(), 0
     with log.open("wb") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out)
@@ -81,7 +84,9 @@ def watch(command: list[str], seconds: float, folder: Path) -> tuple[list[dict],
     return looks, compiled, status
 
 
-def quarter(looks: list[dict], compiled: list[tuple[float, str]], updates: list[float], start: float, end: float) -> dict:
+def quarter(
+    looks: list[dict], compiled: list[tuple[float, str]], updates: list[float], start: float, end: float
+) -> dict:
     """One row of the table, of `start` to `end` seconds."""
     here = [one for one in looks if start <= one["second"] < end]
     done = sum(start <= second < end for second in updates)
@@ -124,7 +129,8 @@ def main() -> None:
     )
     summary = {
         "memory grows after the first quarter, MiB an hour": growth.slope,
-        "compiled after the first quarter": ", ".join(name for second, name in compiled if second >= edges[1]) or "nothing",
+        "compiled after the first quarter": ", ".join(name for second, name in compiled if second >= edges[1])
+        or "nothing",
         "threads, last quarter less second": rows["quarter 4"]["threads"] - rows["quarter 2"]["threads"],
         "files, last quarter less second": rows["quarter 4"]["files"] - rows["quarter 2"]["files"],
         "exit status when told to stop": status,
