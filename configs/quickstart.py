@@ -5,8 +5,8 @@
 No network, no accelerator; under eight minutes on two cores. The run folder is runs/quickstart, with report.html at the end.
 """
 
-from jaxmllm.losses.grpo_options import GRPOOptions
-from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig
+from jaxmllm.methods.grpo.options import GRPOOptions
+from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 # The embedded model knows clean pictures (pixel noise of 4 levels of 255); these are grainy, as from a cheap camera in the dark.
 SCENES = "size=84x84&objects=2-4&noise=18"

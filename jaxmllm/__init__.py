@@ -17,8 +17,8 @@ _NAMES = {
     "save": "api",
     "Model": "api",
     "Generation": "api",
-    "train": "train.loop",
-    "TrainConfig": "train.config",
+    "train": "training.loop",
+    "TrainConfig": "training.config",
     "evaluate": "eval.harness",
     "InputError": "errors",
 }

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmllm import distributed
 from jaxmllm.config import ModelConfig, load_model_config
 from jaxmllm.data.chat import Buckets, Example, Processor, collate, collate_completions
 from jaxmllm.errors import InputError
-from jaxmllm.losses.logprobs import Sampling
-from jaxmllm.mesh import param_shardings, shard_batch
+from jaxmllm.machine import processes
+from jaxmllm.machine.mesh import param_shardings, shard_batch
+from jaxmllm.methods.update import score_jit
 from jaxmllm.model import hf, qwen_vl
+from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout import sampler
-from jaxmllm.train.step import score_jit
 from jaxmllm.types import Completions, Prompts
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -60,7 +60,7 @@ class Model:
         prompts = collate(padded, self.buckets)
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, prompts), rows
-        return shard_batch(distributed.own_block(prompts, self.mesh), self.mesh), rows
+        return shard_batch(processes.own_block(prompts, self.mesh), self.mesh), rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +202,7 @@ def generate(
             pad_id=model.pad_id,
             counts=jnp.where(jnp.arange(padded) < rows, num_generations, 0),
         )
-        host = distributed.whole(samples)
+        host = processes.whole(samples)
         for b in range(rows):
             group = zip(host.tokens[b], host.lengths[b], host.logps[b], host.stopped[b], strict=True)
             results.append([_generation(model, *one) for one in group])
@@ -284,9 +284,9 @@ def score(
         some = [*some, *[some[-1]] * (prompts.tokens.shape[0] - rows)]
         batch: Completions = collate_completions(some, model.buckets)
         if model.mesh is not None:
-            batch = shard_batch(distributed.own_block(batch, model.mesh), model.mesh)
+            batch = shard_batch(processes.own_block(batch, model.mesh), model.mesh)
         logps, _ = score_jit(model.params, model.cfg, prompts, batch, sampling or Sampling())
-        host = distributed.whole(logps)
+        host = processes.whole(logps)
         results += [[host[b, g, : len(c)] for g, c in enumerate(some[b])] for b in range(rows)]
     return results
 

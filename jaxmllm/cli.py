@@ -56,7 +56,7 @@ def sample(
         temperature: 0 is greedy.
     """
     from jaxmllm import api
-    from jaxmllm.losses.logprobs import Sampling
+    from jaxmllm.model.logprobs import Sampling
 
     loaded = api.load(model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
     content: list[dict[str, Any]] = [{"type": "image", "image": str(path)} for path in image]
@@ -142,7 +142,7 @@ def convert(
         source: Hugging Face folder, hub id, or a folder this command wrote.
         target: folder to write; must not exist.
     """
-    from jaxmllm.train.convert import from_orbax, is_orbax, to_orbax
+    from jaxmllm.training.convert import from_orbax, is_orbax, to_orbax
 
     if target.exists():
         raise InputError(f"{target}: exists already; name a new folder")
@@ -192,8 +192,8 @@ def evaluate(
     from jaxmllm.data.examples import Sized
     from jaxmllm.data.sources import open_source
     from jaxmllm.eval import harness, tables
-    from jaxmllm.train.config import DataConfig, EvaluationConfig, TrainConfig
-    from jaxmllm.train.setup import eval_asking, eval_options
+    from jaxmllm.training.config import DataConfig, EvaluationConfig, TrainConfig
+    from jaxmllm.training.setup import eval_asking, eval_options
 
     config = TrainConfig("eval", data=DataConfig(style=style, thinking=thinking))
     config = dataclasses.replace(config, evaluation=EvaluationConfig(system=system, wording=wording, rules=rules))
@@ -293,7 +293,7 @@ def materialise(
 
 def train(arguments: Sequence[str]) -> int:
     """`jaxmllm train CONFIG.py [--field value ...]`: dotted flags override the config's fields."""
-    from jaxmllm.train.config import parse_command
+    from jaxmllm.training.config import parse_command
 
     if not arguments or arguments[0].startswith("-"):
         print("usage: jaxmllm train CONFIG.py [--field value ...]   (--help after the config lists the fields)")
@@ -302,16 +302,16 @@ def train(arguments: Sequence[str]) -> int:
 
     import jax
 
-    from jaxmllm import distributed
+    from jaxmllm.machine import processes
 
-    distributed.start()
+    processes.start()
     if "--mesh" in given:
-        from jaxmllm.meshes import on_mesh
+        from jaxmllm.machine.targets import on_mesh
 
         config = on_mesh(config, given["--mesh"])
-    from jaxmllm.train.loop import EXIT_INTERRUPTED, Interrupted
-    from jaxmllm.train.loop import train as run
-    from jaxmllm.train.progress import Live
+    from jaxmllm.training.loop import EXIT_INTERRUPTED, Interrupted
+    from jaxmllm.training.loop import train as run
+    from jaxmllm.training.progress import Live
 
     first = jax.process_index() == 0
     with Live(config, _console(quiet=not first)) as live:
@@ -372,9 +372,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments and arguments[0] == "train":
             if argv is None:
                 _keep_freed_memory()
-            from jaxmllm import distributed
+            from jaxmllm.machine import processes
 
-            with distributed.leaving_together():
+            with processes.leaving_together():
                 return train(arguments[1:])
         if arguments and arguments[0] == "plan":
             from jaxmllm.plan.command import plan

@@ -171,7 +171,7 @@ def tpl(
     from jaxmllm import api
     from jaxmllm.data.examples import Asking, Sized
     from jaxmllm.data.sources import open_source
-    from jaxmllm.eval import temporal
+    from jaxmllm.eval import tpl
     from jaxmllm.eval.intervals import percentiles, ratio, value_and_samples
     from jaxmllm.runfiles import JsonLines
 
@@ -185,8 +185,8 @@ def tpl(
         "batch_size": batch_size,
         "seed": seed,
     }
-    scores = temporal.temporal_scores(loaded, records, Asking({"style": style}), **options)
-    kept = temporal.keep(scores, min_tokens)
+    scores = tpl.temporal_scores(loaded, records, Asking({"style": style}), **options)
+    kept = tpl.keep(scores, min_tokens)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with JsonLines(out) as file:
@@ -203,7 +203,7 @@ def tpl(
 
 def relative_reward(asking: Any, style: str) -> Callable[[str, Mapping[str, Any]], float | None]:
     """The reward of a record's task as a share, 0..1, of what its gold answer earns; None where it does not apply."""
-    from jaxmllm.train.reward_calls import task_reward
+    from jaxmllm.methods.grpo.reward_calls import task_reward
 
     def total(text: str, record: Mapping[str, Any]) -> float | None:
         value = task_reward(text, record, style=style)

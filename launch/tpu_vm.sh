@@ -105,7 +105,7 @@ for _ in $(seq 100); do
   sleep 10 # the others end a little later
   ended="$(statuses | tr '\n' ' ')"
   say "hosts ended with: ${ended:-nothing, the slice is gone}"
-  # see jaxmllm/distributed.py for the statuses
+  # see jaxmllm/machine/processes.py for the statuses
   case " $ended" in
     *" 1 "* | *" 2 "*) say "stopped by a mistake, see the log above; ./launch/tpu_vm.sh delete gives the slice back"; exit 2 ;;
     *" running "* | *" lost "* | " ") ;; # cut off, restarted or preempted

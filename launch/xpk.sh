@@ -16,7 +16,7 @@ copy="$(mktemp -d)" # of the project's files alone: xpk puts the whole folder in
 trap 'rm -rf "$copy"' EXIT
 git ls-files -z | tar --create --null --files-from=- | tar --extract --directory="$copy"
 
-# xpk restarts on 42 and 127-255 of itself, that is on a lost process; 75 is "saved, start again" (jaxmllm/distributed.py).
+# xpk restarts on 42 and 127-255 of itself, that is on a lost process; 75 is "saved, start again" (jaxmllm/machine/processes.py).
 # exec: xpk signals the shell that holds the command, and the notice of preemption must reach the run.
 # shellcheck disable=SC2086
 xpk workload create --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" --workload="$NAME" --tpu-type="$TYPE" \

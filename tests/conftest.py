@@ -25,11 +25,11 @@ import jaxtyping
 import numpy as np
 import pytest
 
-import tests.checker  # noqa: F401 (the hook names it by its path)
+import tests.support.checker  # noqa: F401 (the hook names it by its path)
 
 # what is jitted takes numpy arrays as well
 jaxtyping.Array = jax.Array | np.ndarray  # type: ignore[misc]
-jaxtyping.install_import_hook(["jaxmllm.losses", "jaxmllm.model", "jaxmllm.rollout"], "tests.checker.check")
+jaxtyping.install_import_hook(["jaxmllm.methods", "jaxmllm.model", "jaxmllm.rollout"], "tests.support.checker.check")
 
 
 LONGEST = ("multiprocess", "train", "train_features", "mesh", "model", "sampler", "cli", "api", "rcrn")

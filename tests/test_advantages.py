@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmllm.losses import advantages, schedules
-from jaxmllm.losses.policy import GRPOOptions
+from jaxmllm.methods.grpo import advantages, schedules
+from jaxmllm.methods.grpo.loss import GRPOOptions
 
 ROWS, GROUP = 6, 3
 EPS = 1e-4

@@ -15,11 +15,11 @@ from jaxmllm import api
 from jaxmllm.config import load_model_config
 from jaxmllm.data.chat import Buckets
 from jaxmllm.errors import InputError
-from jaxmllm.losses.logprobs import Sampling
-from jaxmllm.mesh import make_mesh
+from jaxmllm.machine.mesh import make_mesh
 from jaxmllm.model import hf, qwen_vl
+from jaxmllm.model.logprobs import Sampling
 from jaxmllm.types import Prompts
-from tests import tiny
+from tests.support import tiny
 
 BUCKETS = Buckets(frames=(1, 6), windows=(1, 4), prompt=(96, 256), completion=(16,))
 NEW = 10
@@ -360,7 +360,7 @@ def test_bad_completions(model, completions, message):
 
 def test_train_stays_a_function():
     """Also once its package is imported, which has the same name."""
-    from jaxmllm.train.config import TrainConfig
+    from jaxmllm.training.config import TrainConfig
 
     with pytest.raises(InputError, match="max_steps = 0: must be at least 1"):
         jaxmllm.train(TrainConfig("none", max_steps=0))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmllm.mesh import make_mesh, shard_batch
+from jaxmllm.machine.mesh import make_mesh, shard_batch
 from jaxmllm.model import attention
 
 B, G, S, T, N, K, H = 2, 3, 7, 4, 4, 2, 6

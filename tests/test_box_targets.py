@@ -9,8 +9,8 @@ from PIL import Image
 from jaxmllm import api
 from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
-from jaxmllm.train.box_targets import BoxTargets, ellipses
-from jaxmllm.train.warmup import warmup_batches, word_fields
+from jaxmllm.methods.box_targets import BoxTargets, ellipses
+from jaxmllm.methods.warmup import warmup_batches, word_fields
 
 CELLS = [("RBC", [40, 40, 120, 120]), ("Platelets", [70, 70, 90, 90]), ("WBC", [160, 20, 300, 200])]
 

@@ -10,7 +10,7 @@ from PIL import Image
 from jaxmllm.data.chat import Buckets, Processor, collate, collate_completions, position_grid
 from jaxmllm.data.images import image_frames, patchify, smart_resize
 from jaxmllm.errors import InputError
-from tests.conversations import (
+from tests.support.conversations import (
     MARKERS,
     PIXELS,
     VIDEO,

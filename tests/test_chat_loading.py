@@ -7,7 +7,7 @@ import pytest
 from jaxmllm.data.chat import Processor
 from jaxmllm.data.images import PixelConfig
 from jaxmllm.errors import InputError
-from tests.conversations import (
+from tests.support.conversations import (
     MARKERS,
     PIXELS,
     TEMPLATE,

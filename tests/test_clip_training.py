@@ -7,9 +7,9 @@ from jaxmllm import api
 from jaxmllm.data.examples import Asking
 from jaxmllm.data.sources import open_source
 from jaxmllm.runfiles import read_lines
-from jaxmllm.train.config import DataConfig, OptimConfig
-from jaxmllm.train.loop import train
-from tests import training
+from jaxmllm.training.config import DataConfig, OptimConfig
+from jaxmllm.training.loop import train
+from tests.support import training
 
 pytestmark = pytest.mark.usefixtures("one_device")
 CLIPS = "size=56x56&objects=1-1&frames=2&length=4"

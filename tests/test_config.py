@@ -261,7 +261,7 @@ def test_a_folder_without_config(tmp_path):
 
 @pytest.mark.parametrize("field", ["dtype", "remat", "attention"])
 def test_run_options_are_checked(field):
-    from tests import tiny
+    from tests.support import tiny
 
     with pytest.raises(InputError, match=f"{field} = 'fast': must be one of"):
         tiny.config(**{field: "fast"})

@@ -17,11 +17,11 @@ from PIL import Image
 
 from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
-from jaxmllm.meshes import check_layout, known_meshes, load_mesh
+from jaxmllm.machine.targets import check_layout, known_meshes, load_mesh
+from jaxmllm.methods.grpo.rewards import of_config
 from jaxmllm.tasks import ocr
-from jaxmllm.train.config import MeshConfig, TrainConfig, load_config
-from jaxmllm.train.rewards import of_config
-from jaxmllm.train.setup import asking_of, eval_asking
+from jaxmllm.training.config import MeshConfig, TrainConfig, load_config
+from jaxmllm.training.setup import asking_of, eval_asking
 
 ROOT = Path(__file__).parents[1]
 RUNS = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.parent.name != "meshes")

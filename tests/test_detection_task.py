@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxmllm.geometry import pairwise_iou
 from jaxmllm.tasks import detection
-from tests.answer_texts import element, fenced, near
+from tests.support.answer_texts import element, fenced, near
 
 pytestmark = pytest.mark.filterwarnings("error")
 

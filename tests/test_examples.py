@@ -11,7 +11,7 @@ from jaxmllm.data.examples import AnswerEncoder, Asking, PromptEncoder, encode_t
 from jaxmllm.data.pipeline import rl_batches, sft_batches
 from jaxmllm.data.sources import all_records, open_source
 from jaxmllm.errors import InputError
-from tests.conversations import VIDEO, model_of
+from tests.support.conversations import VIDEO, model_of
 from tests.test_images import SHARED
 from tests.test_pipeline import PIXELS, processor, same, take, turn, world
 from tests.test_sources import picture, write

@@ -104,7 +104,7 @@ def test_every_finding_has_its_runs_and_every_run_its_start():
 def test_every_run_is_a_valid_config():
     import tyro
 
-    from jaxmllm.train.config import TrainConfig, load_config
+    from jaxmllm.training.config import TrainConfig, load_config
 
     for job in findings.jobs("", (0,)):
         _, _, path, *flags = job.command(findings.ROOT)

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxmllm.losses import correction, surrogates
-from jaxmllm.losses.advantages import ADVANTAGE_ESTIMATORS
-from jaxmllm.losses.policy import LOSS_TYPES, PUBLISHED, GRPOOptions, grpo_loss
-from tests.grpo_reference import draw
+from jaxmllm.methods.grpo import correction, terms
+from jaxmllm.methods.grpo.advantages import ADVANTAGE_ESTIMATORS
+from jaxmllm.methods.grpo.loss import LOSS_TYPES, PUBLISHED, GRPOOptions, grpo_loss
+from tests.support.grpo_reference import draw
 
 
 @pytest.mark.parametrize(
@@ -112,12 +112,10 @@ def test_defaults_are_those_of_trl():
 def test_names_offered_by_the_options_are_the_names_of_the_tables():
     hints = {name: set(typing.get_args(hint)) for name, hint in typing.get_type_hints(GRPOOptions).items()}
     assert hints["loss_type"] == LOSS_TYPES.keys()
-    assert hints["importance_sampling_level"] == surrogates.RATIO_LEVELS.keys()
+    assert hints["importance_sampling_level"] == terms.RATIO_LEVELS.keys()
     assert hints["importance_sampling_mode"] == correction.WEIGHT_MODES.keys()
     assert hints["adv_estimator"] == ADVANTAGE_ESTIMATORS.keys() | {"grpo"}
-    assert {
-        kind.removesuffix("+") for kind in hints["kl_loss_type"]
-    } == surrogates.KL_KINDS.keys() | surrogates.KL_ALIASES
+    assert {kind.removesuffix("+") for kind in hints["kl_loss_type"]} == terms.KL_KINDS.keys() | terms.KL_ALIASES
 
 
 @pytest.mark.parametrize(

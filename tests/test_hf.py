@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxmllm.config import load_model_config, model_config
 from jaxmllm.errors import InputError
-from jaxmllm.mesh import make_mesh, param_shardings
+from jaxmllm.machine.mesh import make_mesh, param_shardings
 from jaxmllm.model import hf
-from tests import tiny
+from tests.support import tiny
 
 KINDS = ("qwen2_5_vl", "qwen2_vl")
 CFG = tiny.config()
@@ -77,7 +77,7 @@ def test_transformers_checkpoint_round_trip(kind, dtype, tmp_path):
     torch = pytest.importorskip("torch")
     import transformers
 
-    from tests.parity import torch_model
+    from tests.support.parity import torch_model
 
     model = torch_model(kind, tie_word_embeddings=kind == "qwen2_vl").to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
@@ -114,14 +114,14 @@ def test_config_round_trip(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_and_shapes_equal_the_torch_models(kind):
-    from tests.parity import torch_model
+    from tests.support.parity import torch_model
 
     state = torch_model(kind).state_dict()
     theirs = {
         name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tuple(value.shape)
         for name, value in state.items()
     }
-    # the configuration of tests/parity.py, read from transformers' own object
+    # the configuration of tests/support/parity.py, read from transformers' own object
     cfg = model_config(torch_model(kind).config.to_dict())
     assert {name: entry.shape for name, entry in hf.key_table(cfg).items()} == theirs
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxmllm.runfiles import read_json
-from tests.training import numbers
+from tests.support.training import numbers
 
 ROOT = Path(__file__).parents[1]
 KILLS = 20

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxmllm import cli, distributed
+from jaxmllm import cli
 from jaxmllm.errors import InputError
-from jaxmllm.meshes import load_mesh
-from jaxmllm.train import loop
+from jaxmllm.machine import processes
+from jaxmllm.machine.targets import load_mesh
+from jaxmllm.training import loop
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -256,7 +257,7 @@ def test_skypilot(tmp_path):
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     assert loop.EXIT_INTERRUPTED in task["resources"]["job_recovery"]["recover_on_exit_codes"]
     assert cli.EXIT_INPUT not in task["resources"]["job_recovery"]["recover_on_exit_codes"]
-    names = " ".join(f'"${name}"' for name in distributed.EXPLICIT)
+    names = " ".join(f'"${name}"' for name in processes.EXPLICIT)
     stand_in(tmp_path / "launch", "local.sh", f"printf '%s\\n' {names} \"$@\"; exit 75")
     stand_in(tmp_path / "bin", "uv", "echo python3")
     stand_in(tmp_path / "bin", "ln", "exit 0")
@@ -272,7 +273,7 @@ def test_skypilot(tmp_path):
     assert ran.returncode == 75
     address, count, number, *command = ran.stdout.splitlines()
     assert (address, count, number, command) == ("10.0.0.5:8476", "2", "1", COMMAND)
-    found = distributed.explicit_processes({}, dict(zip(distributed.EXPLICIT, (address, count, number), strict=True)))
+    found = processes.explicit_processes({}, dict(zip(processes.EXPLICIT, (address, count, number), strict=True)))
     assert found == {"coordinator_address": "10.0.0.5:8476", "num_processes": 2, "process_id": 1}
 
 
@@ -300,24 +301,24 @@ def test_skypilot_parser(tmp_path):
 
 
 def test_statuses_are_the_documented_ones():
-    table = dict(re.findall(r"^\| (\d+) +\| (.+?) +\|", distributed.__doc__, re.MULTILINE))
+    table = dict(re.findall(r"^\| (\d+) +\| (.+?) +\|", processes.__doc__, re.MULTILINE))
     assert "mistake" in table[str(cli.EXIT_INPUT)]
     assert "saved" in table[str(loop.EXIT_INTERRUPTED)]
-    assert set(distributed.TOGETHER) == {0, loop.EXIT_INTERRUPTED}
+    assert set(processes.TOGETHER) == {0, loop.EXIT_INTERRUPTED}
     assert table[str(128 + signal.SIGABRT)].startswith("SIGABRT")
 
 
 def variables(address=None, count=None, number=None) -> dict[str, str]:
-    given = dict(zip(distributed.EXPLICIT, (address, count, number), strict=True))
+    given = dict(zip(processes.EXPLICIT, (address, count, number), strict=True))
     return {name: str(value) for name, value in given.items() if value is not None}
 
 
 def test_explicit():
-    assert distributed.explicit_processes({}, {}) is None
-    assert distributed.explicit_processes({}, variables(count=1)) == {"num_processes": 1}
+    assert processes.explicit_processes({}, {}) is None
+    assert processes.explicit_processes({}, variables(count=1)) == {"num_processes": 1}
     both = {"JAX_PROCESS_ID": 2}, variables("h:1", 4, 3)  # an argument wins over a variable
-    assert distributed.explicit_processes(*both) == {"coordinator_address": "h:1", "num_processes": 4, "process_id": 2}
-    assert distributed.explicit_processes({}, variables("[::1]:80", 2, 0))["coordinator_address"] == "[::1]:80"
+    assert processes.explicit_processes(*both) == {"coordinator_address": "h:1", "num_processes": 4, "process_id": 2}
+    assert processes.explicit_processes({}, variables("[::1]:80", 2, 0))["coordinator_address"] == "[::1]:80"
 
 
 @pytest.mark.parametrize(
@@ -335,48 +336,48 @@ def test_explicit():
 )
 def test_explicit_refused(given, words):
     with pytest.raises(InputError, match=re.escape(words)):
-        distributed.explicit_processes({}, given)
+        processes.explicit_processes({}, given)
 
 
 def test_slurm_tasks(caplog):
     task = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2"}
-    assert distributed.slurm_tasks({}) == 0
-    assert distributed.slurm_tasks(task) == 2
-    assert distributed.slurm_tasks(task | {"SLURM_NTASKS": "1"}) == 0
+    assert processes.slurm_tasks({}) == 0
+    assert processes.slurm_tasks(task) == 2
+    assert processes.slurm_tasks(task | {"SLURM_NTASKS": "1"}) == 0
     assert not caplog.records
     # in an allocation, but not under srun
-    assert distributed.slurm_tasks({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}) == 0
+    assert processes.slurm_tasks({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}) == 0
     assert "not started by srun" in caplog.text
     with pytest.raises(InputError, match="SLURM_NTASKS = '2x'"):
-        distributed.slurm_tasks(task | {"SLURM_NTASKS": "2x"})
+        processes.slurm_tasks(task | {"SLURM_NTASKS": "2x"})
     # one task a node has all of the node's GPUs, several tasks a node have one each (jax's own choice)
-    assert distributed.slurm_gpus(task | {"SLURM_GPUS_ON_NODE": "8"}, 2) == list(range(8))
-    assert distributed.slurm_gpus(task | {"CUDA_VISIBLE_DEVICES": "4,5,6"}, 2) == [0, 1, 2]
-    assert distributed.slurm_gpus(task | {"SLURM_GPUS_ON_NODE": "8"}, 16) is None
-    assert distributed.slurm_gpus(task, 2) is None
+    assert processes.slurm_gpus(task | {"SLURM_GPUS_ON_NODE": "8"}, 2) == list(range(8))
+    assert processes.slurm_gpus(task | {"CUDA_VISIBLE_DEVICES": "4,5,6"}, 2) == [0, 1, 2]
+    assert processes.slurm_gpus(task | {"SLURM_GPUS_ON_NODE": "8"}, 16) is None
+    assert processes.slurm_gpus(task, 2) is None
 
 
 def test_on_cloud_tpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: object())
     (tmp_path / "vfio").mkdir()
     (tmp_path / "vfio" / "vfio").touch()
-    assert not distributed.on_cloud_tpu({}, tmp_path)
+    assert not processes.on_cloud_tpu({}, tmp_path)
     (tmp_path / "vfio" / "0").touch()
-    assert distributed.on_cloud_tpu({}, tmp_path)
-    assert distributed.on_cloud_tpu({"JAX_PLATFORMS": "tpu,cpu"}, tmp_path)
-    assert not distributed.on_cloud_tpu({"JAX_PLATFORMS": "cpu"}, tmp_path)
+    assert processes.on_cloud_tpu({}, tmp_path)
+    assert processes.on_cloud_tpu({"JAX_PLATFORMS": "tpu,cpu"}, tmp_path)
+    assert not processes.on_cloud_tpu({"JAX_PLATFORMS": "cpu"}, tmp_path)
     (tmp_path / "vfio" / "0").unlink()
     (tmp_path / "accel0").touch()
-    assert distributed.on_cloud_tpu({}, tmp_path)
-    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
-    assert not distributed.on_cloud_tpu({}, tmp_path)
+    assert processes.on_cloud_tpu({}, tmp_path)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    assert not processes.on_cloud_tpu({}, tmp_path)
 
 
 # ---------------------------------------------------------------- processes
 
 PROGRAM = """
 import os, signal, sys, time
-from jaxmllm import distributed
+from jaxmllm.machine import processes
 mode = sys.argv[1]
 print("source", distributed.start(timeout=60), distributed.start(), flush=True)
 import jax
@@ -397,7 +398,7 @@ for step in range(3000):
 """
 
 
-def processes(mode: str, count: int = 2) -> list[subprocess.Popen]:
+def started(mode: str, count: int = 2) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -423,7 +424,7 @@ def ends(started: list[subprocess.Popen], timeout: float) -> list[tuple[int, str
 
 
 def test_sigterm_stops_all_at_the_same_update():
-    (first, text0), (second, text1) = ends(processes("preempted"), 240)
+    (first, text0), (second, text1) = ends(started("preempted"), 240)
     assert (first, second) == (75, 75), text0 + text1
     for text in (text0, text1):
         assert "source explicit running" in text and "processes 2" in text
@@ -435,17 +436,17 @@ def test_sigterm_stops_all_at_the_same_update():
     "mode, statuses", [("killed", (-signal.SIGABRT, -signal.SIGKILL)), ("mistake", (2, -signal.SIGABRT))]
 )
 def test_a_lost_process_stops_the_others(mode, statuses):
-    (first, text0), (second, text1) = ends(processes(mode), 240)
+    (first, text0), (second, text1) = ends(started(mode), 240)
     assert (first, second) == statuses, text0 + text1
     assert "another task died" in (text0 if mode == "killed" else text1)
 
 
 def test_one_process_needs_nothing(monkeypatch):
-    for name in [*distributed.EXPLICIT, "SLURM_JOB_ID"]:
+    for name in [*processes.EXPLICIT, "SLURM_JOB_ID"]:
         monkeypatch.delenv(name, raising=False)
-    assert distributed.start() == "single"
-    assert not distributed.told_to_stop(0)
-    distributed.leave(2)  # returns
+    assert processes.start() == "single"
+    assert not processes.told_to_stop(0)
+    processes.leave(2)  # returns
 
 
 def test_unreachable_coordinator_is_named():

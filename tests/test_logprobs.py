@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmllm.errors import InputError
-from jaxmllm.losses import logprobs
-from jaxmllm.losses.logprobs import MASKED, Sampling, seen_tokens, token_logprobs, warp
+from jaxmllm.model import logprobs
+from jaxmllm.model.logprobs import MASKED, Sampling, seen_tokens, token_logprobs, warp
 from jaxmllm.plan.flops import count
 
 B, G, T, D, V = 2, 3, 7, 8, 50

@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxmllm.errors import InputError
+from jaxmllm.methods.optim import join, split
 from jaxmllm.model import lora, qwen_vl
-from jaxmllm.train.optim import join, split
-from tests import tiny
+from tests.support import tiny
 
 CFG = tiny.config()
 PARAMS = tiny.params(CFG)
@@ -166,7 +166,7 @@ def test_peft_itself_computes_the_same(tmp_path):
     from jaxmllm.config import load_model_config
     from jaxmllm.data.images import PixelConfig
     from jaxmllm.model import hf
-    from tests import parity
+    from tests.support import parity
 
     model = parity.torch_model("qwen2_5_vl")
     model.save_pretrained(tmp_path / "base")

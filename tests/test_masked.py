@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmllm.losses import masked
+from jaxmllm.methods import masked
 
 values = st.lists(st.floats(-1e3, 1e3), min_size=6, max_size=6)
 masks = st.lists(st.booleans(), min_size=6, max_size=6)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmllm.losses import matching
-from jaxmllm.model.rcrn import MAX_LOG_SCALE, decode_deltas
+from jaxmllm.methods.rcrn import loss
+from jaxmllm.methods.rcrn.network import MAX_LOG_SCALE, decode_deltas
 
 B, N = 5, 6
 
@@ -68,9 +68,9 @@ def expected(v):
     return dict(zip(("L_grd", "L_match", "L_reg", "total"), [*mean, mean[0] + 3 * mean[1] + mean[2]], strict=True))
 
 
-losses = jax.jit(matching.matching_losses)  # everything is compiled: op by op, a busy machine takes minutes
-match_loss = jax.jit(matching.match_loss, static_argnames="smoothing")
-gold_candidate = jax.jit(matching.gold_candidate)
+losses = jax.jit(loss.matching_losses)  # everything is compiled: op by op, a busy machine takes minutes
+match_loss = jax.jit(loss.match_loss, static_argnames="smoothing")
+gold_candidate = jax.jit(loss.gold_candidate)
 
 
 @settings(max_examples=30, deadline=None)
@@ -88,7 +88,7 @@ def test_gradients_equal_finite_differences_and_ignore_garbage():
         values = as_jax(batch(3), jnp.float64)
 
         def total(*parts):
-            return matching.matching_losses(**values | dict(zip(names, parts, strict=True)))["total"]
+            return loss.matching_losses(**values | dict(zip(names, parts, strict=True)))["total"]
 
         parts = [values[name] for name in names]
         total, gradients = jax.jit(total), jax.jit(jax.grad(total, (0, 1, 2, 3)))(*parts)
@@ -128,10 +128,10 @@ def test_empty_batches_weights_and_smoothing():
     values = as_jax(batch(0)) | {"match": jnp.zeros(B, bool)}
     got = losses(**values)
     assert got["L_grd"] == got["L_reg"] == 0 and got["total"] == pytest.approx(3 * float(got["L_match"]))
-    none = jax.jit(partial(matching.matching_losses, weights={"match": 0.0}))(**values)
+    none = jax.jit(partial(loss.matching_losses, weights={"match": 0.0}))(**values)
     assert none["total"] == 0
     with pytest.raises(ValueError, match="mrr"):
-        matching.matching_losses(**values, weights={"mrr": 1.0})
+        loss.matching_losses(**values, weights={"mrr": 1.0})
     z = jnp.array([3.0, -40.0, 1000.0])
     y = jnp.array([True, False, True])
     np.testing.assert_allclose(match_loss(z, y), np.mean([np.log1p(np.exp(-3)), np.exp(-40), 0]), rtol=1e-5)
@@ -150,7 +150,7 @@ def test_gold_candidate_needs_half_an_overlap():
 
 @jax.jit
 def moved_onto(box, target):
-    return decode_deltas(box, matching.encode_deltas(box, target))
+    return decode_deltas(box, loss.encode_deltas(box, target))
 
 
 @given(*[st.tuples(st.floats(0, 50), st.floats(0, 50), st.floats(5, 60), st.floats(5, 60))] * 2)
@@ -182,12 +182,12 @@ def test_token_baseline_equals_loops():
             top = row[keep].max(0)
             want.append(np.log(np.exp(top).sum()) - top[int(y)])
     args = jnp.asarray(logits), jnp.asarray(mask), jnp.asarray(match)
-    value, gradient = jax.jit(jax.value_and_grad(matching.token_match_loss))(*args)
+    value, gradient = jax.jit(jax.value_and_grad(loss.token_match_loss))(*args)
     np.testing.assert_allclose(value, np.mean(want), rtol=1e-5)
     assert np.isfinite(gradient).all() and not gradient[~args[1]].any()
     phrases = np.zeros((4, 3, 6), bool)
     phrases[0, 0, :2], phrases[1, 0, :3], phrases[1, 1, 3:], phrases[2, 1, 1:4] = True, True, True, True
-    score, edge = jax.jit(matching.token_mismatch_phrase)(args[0], jnp.asarray(phrases))
+    score, edge = jax.jit(loss.token_mismatch_phrase)(args[0], jnp.asarray(phrases))
     p = 1 / (1 + np.exp(logits[..., 1] - logits[..., 0]))
     np.testing.assert_allclose(score[1], [p[1, :3].max(), p[1, 3:].max(), -1], rtol=1e-5)
     assert edge.tolist() == [0, int(p[1, 3:].max() > p[1, :3].max()), 1, 0]

@@ -11,12 +11,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmllm.errors import InputError
-from jaxmllm.losses.logprobs import Sampling
-from jaxmllm.mesh import RULES, make_mesh, param_shardings, shard_batch, spec_for, tree_paths
+from jaxmllm.machine import layout
+from jaxmllm.machine.mesh import RULES, make_mesh, param_shardings, shard_batch, spec_for, tree_paths
+from jaxmllm.methods.update import score
 from jaxmllm.model import hf, lora
-from jaxmllm.rollout import layout, sampler
-from jaxmllm.train.step import score
-from tests import tiny
+from jaxmllm.model.logprobs import Sampling
+from jaxmllm.rollout import sampler
+from tests.support import tiny
 
 P = PartitionSpec
 CFG = tiny.config()
@@ -277,7 +278,7 @@ def test_specs():
 
 
 def test_an_axis_that_does_not_divide_is_logged(caplog):
-    with caplog.at_level("INFO", logger="jaxmllm.mesh"):
+    with caplog.at_level("INFO", logger="jaxmllm.machine.mesh"):
         spec_for("x/up_proj/kernel", (30, 8), make_mesh(fsdp=4, tensor=2))
     assert "x/up_proj/kernel" in caplog.text and "fsdp" in caplog.text
 

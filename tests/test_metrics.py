@@ -18,7 +18,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from jaxmllm.errors import InputError
 from jaxmllm.runfiles import JsonLines, claim, differences, plain, read_json, read_lines, replace_file, write_json
-from jaxmllm.train.metrics import MetricsWriter, git_commit, record_start, scalar
+from jaxmllm.training.metrics import MetricsWriter, git_commit, record_start, scalar
 
 
 def board_values(folder):
@@ -167,7 +167,7 @@ def test_git_commit_is_that_of_the_checkout_or_none(tmp_path):
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     write_json(path, {"a": (1, np.float32(0.5)), "b": float("inf"), "c": scalar})
-    assert read_json(path) == {"a": [1, 0.5], "b": "inf", "c": "jaxmllm.train.metrics.scalar"}
+    assert read_json(path) == {"a": [1, 0.5], "b": "inf", "c": "jaxmllm.training.metrics.scalar"}
 
     def full(_):
         raise OSError(28, "No space left on device")

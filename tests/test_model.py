@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from jaxmllm.data.images import PixelConfig
-from jaxmllm.losses.logprobs import Sampling
+from jaxmllm.methods.update import score
 from jaxmllm.model import qwen_vl
-from jaxmllm.train.step import score
+from jaxmllm.model.logprobs import Sampling
 from jaxmllm.types import Prompts
-from tests import tiny
+from tests.support import tiny
 
 KINDS = ("qwen2_5_vl", "qwen2_vl")
 G, T = 3, 5

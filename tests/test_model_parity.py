@@ -12,10 +12,10 @@ import pytest
 
 from jaxmllm.config import load_model_config
 from jaxmllm.data.images import PixelConfig
-from jaxmllm.losses.logprobs import Sampling
 from jaxmllm.model import hf, qwen_vl
+from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout import sampler
-from tests import parity, tiny
+from tests.support import parity, tiny
 
 torch = pytest.importorskip("torch")
 KINDS = ("qwen2_5_vl", "qwen2_vl")

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxmllm import api, distributed
-from tests.multiprocess_job import records
+from jaxmllm import api
+from jaxmllm.machine import processes
+from tests.support.multiprocess_job import records
 
 ROOT = Path(__file__).parents[1]
 TINY = json.loads((api.TINY / "config.json").read_text())
@@ -61,12 +62,10 @@ class Job:
         self.logs = [folder / f"log_{number}" for number in range(count)]
         self.processes = []
         for number, log in enumerate(self.logs):
-            given = (
-                dict(zip(distributed.EXPLICIT, (address, str(count), str(number)), strict=True)) if count > 1 else {}
-            )
+            given = dict(zip(processes.EXPLICIT, (address, str(count), str(number)), strict=True)) if count > 1 else {}
             env = {**os.environ, **given, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
             env["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
-            command = [sys.executable, "-m", "tests.multiprocess_job", str(folder), json.dumps(changes)]
+            command = [sys.executable, "-m", "tests.support.multiprocess_job", str(folder), json.dumps(changes)]
             with open(log, "w") as out:
                 self.processes.append(
                     subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
@@ -200,7 +199,7 @@ def test_ten_killed_processes(tmp_path, model):
         assert statuses[lost] == -signal.SIGKILL
         for number in {0, 1, 2, 3} - {lost}:
             log = job.logs[number].read_text()
-            assert statuses[number] in (distributed.EXIT_LOST, -signal.SIGABRT), (number, statuses, log)
+            assert statuses[number] in (processes.EXIT_LOST, -signal.SIGABRT), (number, statuses, log)
             assert "another process was lost" in log or "another task died" in log, (number, log)
         seen = [step for step, _ in records(folder)]
         if before:  # an update is saved before the next but one begins

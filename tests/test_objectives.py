@@ -7,12 +7,12 @@ import pytest
 import tyro
 
 from jaxmllm.errors import InputError
-from jaxmllm.train import step
-from jaxmllm.train.config import TrainConfig
-from jaxmllm.train.optim import make_optimizer
-from jaxmllm.train.step import Rollout
+from jaxmllm.methods import update as step
+from jaxmllm.methods.optim import make_optimizer
+from jaxmllm.methods.update import Rollout
+from jaxmllm.training.config import TrainConfig
 from jaxmllm.types import Completions, Prompts, TrainState
-from tests import training
+from tests.support import training
 
 B, G, S, T = 4, 2, 8, 4
 CLIP = {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxmllm.tasks import ocr
-from tests.answer_texts import END, PAD, near
+from tests.support.answer_texts import END, PAD, near
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jaxmllm.tasks import answers, counting, detection, grounding, ocr
 from jaxmllm.tasks import get as get_task
 from jaxmllm.tasks import names as task_names
-from tests.answer_texts import END, PAD, box, element, fenced, ref
+from tests.support.answer_texts import END, PAD, box, element, fenced, ref
 
 LIMIT_S = 0.05
 PARSERS = {

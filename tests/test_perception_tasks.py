@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxmllm.tasks import answers, counting, detection, grounding, names, ocr
 from jaxmllm.tasks import get as get_task
-from tests.answer_texts import END, IMAGE, PAD, box, element, fenced, near, ref
+from tests.support.answer_texts import END, IMAGE, PAD, box, element, fenced, near, ref
 
 pytestmark = pytest.mark.filterwarnings("error")
 

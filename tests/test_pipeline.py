@@ -18,7 +18,7 @@ from jaxmllm.data.pipeline import batch_sizes, join_prompts, pad, rl_batches, sf
 from jaxmllm.data.sources import Mixture, open_source
 from jaxmllm.errors import InputError
 from jaxmllm.world.source import WorldSource
-from tests.conversations import VIDEO, model_of, small_tokenizer
+from tests.support.conversations import VIDEO, model_of, small_tokenizer
 from tests.test_sources import picture, write
 
 PIXELS = PixelConfig(min_pixels=28 * 28, max_pixels=56 * 56)

@@ -15,19 +15,19 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmllm import cli
 from jaxmllm.errors import InputError
-from jaxmllm.losses.grpo_options import GRPOOptions
-from jaxmllm.losses.logprobs import Sampling
-from jaxmllm.mesh import make_mesh
-from jaxmllm.meshes import CPU, H100, V5E, MeshTarget, load_mesh, same_devices
+from jaxmllm.machine.mesh import make_mesh
+from jaxmllm.machine.targets import CPU, H100, V5E, MeshTarget, load_mesh, same_devices
+from jaxmllm.methods.grpo.options import GRPOOptions
+from jaxmllm.methods.update import score
 from jaxmllm.model import attention, hf
+from jaxmllm.model.logprobs import Sampling
 from jaxmllm.plan import advise, architecture, hlo, plan, report
 from jaxmllm.plan.flops import count
 from jaxmllm.plan.hlo import Message
 from jaxmllm.plan.programs import Programs, Sizes
 from jaxmllm.plan.roofline import Links, Times
-from jaxmllm.train.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
-from jaxmllm.train.step import score
-from tests import tiny
+from jaxmllm.training.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
+from tests.support import tiny
 
 N = 64
 
@@ -438,7 +438,7 @@ def test_command(capsys, tmp_path):
     assert found["mesh"] == "cpu" and [phase["name"] for phase in found["phases"]] == ["encode"]
     text = tmp_path / "small.py"
     text.write_text(
-        "import dataclasses\nfrom jaxmllm.meshes import load_mesh\nmesh = load_mesh('cpu')\n"
+        "import dataclasses\nfrom jaxmllm.machine.targets import load_mesh\nmesh = load_mesh('cpu')\n"
         "mesh = dataclasses.replace(mesh, chip=dataclasses.replace(mesh.chip, hbm_gib=1e-6))\n"
     )
     arguments[3] = str(text)

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jaxmllm.losses import correction
-from jaxmllm.losses.policy import LOSS_TYPES, GRPOOptions, grpo_loss, pool_metrics
-from tests import vectors_grpo
-from tests.grpo_reference import B, T, draw
-from tests.grpo_variants import (
+from jaxmllm.methods.grpo import correction
+from jaxmllm.methods.grpo.loss import LOSS_TYPES, GRPOOptions, grpo_loss, pool_metrics
+from tests.support import vectors_grpo
+from tests.support.grpo_reference import B, T, draw
+from tests.support.grpo_variants import (
     LEVELS,
     ON_POLICY,
     SCOPE,

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxmllm.losses import advantages, correction, surrogates
-from jaxmllm.losses.policy import GRPOOptions, grpo_loss
-from tests import vectors_grpo
-from tests.grpo_reference import B, T, draw
-from tests.grpo_variants import (
+from jaxmllm.methods.grpo import advantages, correction, terms
+from jaxmllm.methods.grpo.loss import GRPOOptions, grpo_loss
+from tests.support import vectors_grpo
+from tests.support.grpo_reference import B, T, draw
+from tests.support.grpo_variants import (
     VARIANTS,
     assert_equal_to_the_loops,
     assert_same,
@@ -169,7 +169,7 @@ def test_dual_clip_bounds_the_logarithm_and_takes_token_advantages():
         worse = np.maximum(-adv * rho, -adv * np.clip(rho, 0.9, 1.2))
         return np.where(adv < 0, np.minimum(worse, -adv * c), worse).sum(1).mean()
 
-    dual = lambda lp: surrogates.dual_clip_policy_loss(  # noqa: E731
+    dual = lambda lp: terms.dual_clip_policy_loss(  # noqa: E731
         lp, *map(jnp.asarray, (old, adv, drawn["mask"])), 0.1, 0.2, c, "seq-mean-token-sum"
     )
     (loss, metrics), grad = jit(jax.value_and_grad(dual, has_aux=True))(jnp.asarray(drawn["logps"]))
@@ -225,8 +225,8 @@ def test_float32_and_bfloat16_of_what_surrounds_the_loss():
     def everything(lp, old, ref, smp, adv, entropies, rewards):
         masked = jnp.asarray(mask > 0)
         return {
-            "dual": surrogates.dual_clip_policy_loss(lp, old, adv, masked)[0],
-            "kl": [surrogates.kl_estimate(lp, ref, masked, kind) for kind in surrogates.KL_KINDS],
+            "dual": terms.dual_clip_policy_loss(lp, old, adv, masked)[0],
+            "kl": [terms.kl_estimate(lp, ref, masked, kind) for kind in terms.KL_KINDS],
             "weights": [correction.importance_sampling_weights(old, smp, masked, m) for m in correction.WEIGHT_MODES],
             "keep": correction.off_policy_sequence_mask(adv, lp, smp, masked, 0.011),
             "entropy": correction.high_entropy_mask(entropies, masked, 0.3),

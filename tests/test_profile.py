@@ -7,9 +7,9 @@ import pytest
 
 from jaxmllm import cli
 from jaxmllm.runfiles import read_lines
-from jaxmllm.train import profiling
-from jaxmllm.train.loop import train
-from tests import training
+from jaxmllm.training import profiling
+from jaxmllm.training.loop import train
+from tests.support import training
 
 pytestmark = pytest.mark.usefixtures("one_device")
 UPDATES = 7
@@ -30,7 +30,7 @@ def profiled(tmp_path_factory):
     config = training.config(folder, max_steps=UPDATES, save_steps=UPDATES, data=data)
     path = folder / "config.py"
     path.write_text(
-        f"from tests import training\nfrom jaxmllm.train.config import DataConfig\n"
+        f"from tests import training\nfrom jaxmllm.training.config import DataConfig\n"
         f"config = training.config({str(folder)!r}, max_steps={UPDATES}, save_steps={UPDATES}, data={data!r})\n"
     )
     assert cli.main(["train", str(path), "--profile"]) == 0

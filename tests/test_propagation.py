@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmllm.model import propagation
-from jaxmllm.model.propagation import EPS
+from jaxmllm.methods.rcrn import propagation
+from jaxmllm.methods.rcrn.propagation import EPS
 
 # ---- the reference: one graph, dictionaries and loops, plain products, after the formulas of the sheet
 

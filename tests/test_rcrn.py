@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmllm.model import propagation, rcrn
-from jaxmllm.model.propagation import EPS
+from jaxmllm.methods.rcrn import network, propagation
+from jaxmllm.methods.rcrn.propagation import EPS
 
 # ---- the whole network
 
-CFG = rcrn.RCRNConfig(
+CFG = network.RCRNConfig(
     region_dim=12, word_dim=10, width=16, joint=16, difference=8, pair_location=4, context=3, node_hidden=8
 )
 
@@ -45,7 +45,7 @@ def network_inputs(rng, nodes, edges, n, S=9, L=4, N=None, M=None, E=None, garba
         words=padded(words, S + 2),
     )
     inputs = {name: jnp.asarray(x, jnp.float32 if x.dtype == float else None)[None] for name, x in arrays.items()}
-    return rcrn.Inputs(
+    return network.Inputs(
         **inputs, entity_words=jnp.asarray(entity)[None], relation_words=jnp.asarray(relation)[None], graphs=graphs
     )
 
@@ -53,10 +53,10 @@ def network_inputs(rng, nodes, edges, n, S=9, L=4, N=None, M=None, E=None, garba
 @cache
 def network(encoder="bilstm"):
     cfg = dataclasses.replace(CFG, phrase_encoder=encoder)
-    return cfg, rcrn.init(jax.random.key(0), cfg)
+    return cfg, network.init(jax.random.key(0), cfg)
 
 
-run = jax.jit(rcrn.apply, static_argnames=("cfg", "readout"))
+run = jax.jit(network.apply, static_argnames=("cfg", "readout"))
 SAMPLES = [(3, [(0, 1), (1, 2)], 5), (4, [(0, 1), (0, 2), (2, 3)], 6), (1, [], 2)]
 
 
@@ -119,7 +119,7 @@ def test_network_gradients(encoder):
     )
 
     def loss(params, inputs):
-        out = rcrn.apply(params, cfg, inputs)
+        out = network.apply(params, cfg, inputs)
         parts = out["match_logit"], jnp.log(out["b_root"][:, 0]) * 0.1, out["pred_delta"].sum(-1), out["d"].sum(-1)
         return sum(parts).sum()
 
@@ -153,7 +153,7 @@ def test_dropout_and_options():
     np.testing.assert_allclose(own["b_root"], want["b_root"], rtol=1e-4)
     assert np.abs(own["score_bp"] - want["score_bp"]).max() > 1e-5
     with pytest.raises(ValueError, match="readout"):
-        rcrn.apply(params, cfg, inputs, readout="exact")
+        network.apply(params, cfg, inputs, readout="exact")
     for bad in ({"phrase_encoder": "gru"}, {"joint": 15}):
         with pytest.raises(ValueError):
             dataclasses.replace(cfg, **bad)
@@ -175,7 +175,7 @@ def test_lstm_reads_each_phrase_as_if_alone():
         return 1 / (1 + np.exp(-z))
 
     for reverse in (False, True):
-        outputs, last = rcrn._lstm(p, jnp.asarray(x), mask, reverse)
+        outputs, last = network._lstm(p, jnp.asarray(x), mask, reverse)
         for row, length in enumerate((2, 4)):
             h = c = np.zeros(3)
             for t in range(length)[::-1] if reverse else range(length):
@@ -192,7 +192,7 @@ def test_roi_features_equal_49_bilinear_samples():
     grid = np.full((1, 7, 8, 3), np.nan)
     grid[0, :rows, :columns] = rng.normal(size=(rows, columns, 3))
     boxes = np.array([[[0, 0, 168, 140], [30, 40, 100, 90], [5, 5, 9, 12], [150, 120, 400, 300]]], float)
-    got = rcrn.roi_features(jnp.asarray(grid), jnp.asarray([[rows, columns]]), jnp.asarray(boxes))
+    got = network.roi_features(jnp.asarray(grid), jnp.asarray([[rows, columns]]), jnp.asarray(boxes))
 
     def sample(x, y):  # bilinear between cell centres, clamped to the real cells
         x, y = np.clip(x / 28 - 0.5, 0, columns - 1), np.clip(y / 28 - 0.5, 0, rows - 1)
@@ -217,7 +217,7 @@ def test_roi_features_equal_49_bilinear_samples():
 
 def test_word_features_average_the_tokens_of_a_word():
     hidden = jnp.asarray([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [jnp.nan, 0.0]]])
-    got = rcrn.word_features(hidden, jnp.asarray([[1, 0, 1, -1]]), 3)
+    got = network.word_features(hidden, jnp.asarray([[1, 0, 1, -1]]), 3)
     np.testing.assert_allclose(got, [[[3, 4], [3, 4], [0, 0]]])
 
 
@@ -227,20 +227,20 @@ def test_node_logit_pads_missing_boxes():
     args = (5, *map(jnp.asarray, (W1, b1, w2)), jnp.asarray(0.3))
     b = np.array([0.2, 0.9, 0.5])
     want = np.maximum(np.array([0.9, 0.5, 0.2, 0.7, 0.7]) @ W1 + b1, 0) @ w2 + 0.3
-    np.testing.assert_allclose(rcrn.node_logit(jnp.asarray(b), *args, pad=0.7), want, rtol=1e-5)
+    np.testing.assert_allclose(network.node_logit(jnp.asarray(b), *args, pad=0.7), want, rtol=1e-5)
     wide = jnp.asarray([0.2, 0.95, 0.9, 0.5, 0.99, 0.8])
     real = jnp.asarray([True, False, True, True, False, False])
-    np.testing.assert_allclose(rcrn.node_logit(wide, *args, real=real, pad=0.7), want, rtol=1e-5)
+    np.testing.assert_allclose(network.node_logit(wide, *args, real=real, pad=0.7), want, rtol=1e-5)
 
 
 def test_location_features_of_degenerate_boxes_are_finite():
-    g = rcrn.loc_feat(jnp.asarray([[0.0, 0, -1, -1], [0, 0, 9, 19]]), jnp.asarray([100.0, 100.0]))
+    g = network.loc_feat(jnp.asarray([[0.0, 0, -1, -1], [0, 0, 9, 19]]), jnp.asarray([100.0, 100.0]))
     np.testing.assert_allclose(g, [[0, 0, 0, 0, 0], [0, 0, 0.1, 0.2, 0.02]], atol=1e-7)
-    np.testing.assert_allclose(rcrn.rel_loc(g[0], g[1]), np.zeros(5))
-    np.testing.assert_allclose(rcrn.rel_loc(g[1], g[1]), [-0.5, -0.5, 0.5, 0.5, 1], rtol=1e-5)
+    np.testing.assert_allclose(network.rel_loc(g[0], g[1]), np.zeros(5))
+    np.testing.assert_allclose(network.rel_loc(g[1], g[1]), [-0.5, -0.5, 0.5, 0.5, 1], rtol=1e-5)
 
 
 def test_unary_belief_renormalises_over_real_boxes_only():
     s_app, s_loc = jnp.asarray([0.9, -0.4, -1.0]), jnp.asarray([0.8, 0.1, -1.0])
-    got = rcrn.unary_belief(s_app, s_loc, jnp.asarray(0.9), jnp.asarray(0.7), jnp.asarray([True, True, False]))
+    got = network.unary_belief(s_app, s_loc, jnp.asarray(0.9), jnp.asarray(0.7), jnp.asarray([True, True, False]))
     np.testing.assert_allclose(got, [1 + EPS, ((-0.36 + 0.07) / 1.37 + 1) / 2 + EPS, EPS], rtol=1e-5)

@@ -6,10 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmllm.losses import matching
-from jaxmllm.model import propagation, rcrn
+from jaxmllm.methods.rcrn import network, propagation
 from jaxmllm.tasks import relation_graphs as graphs
-from tests.relation_scenes import COLOURS, SHAPES, SIDES, scene
+from tests.support.relation_scenes import COLOURS, SHAPES, SIDES, scene
 
 RELATIONS = ("left of", "right of", "above", "below")
 ATTRIBUTES = (*SIDES, "striped", *COLOURS, *SHAPES)
@@ -51,7 +50,7 @@ def batch(items):
             span = [*spans[subject], *spans[len(graph.nodes) + e], *spans[object_]]
             relations[b, e, : len(span)] = span
         words[b, np.arange(len(text)), [VOCABULARY.index(word) for word in text]] = 1
-    inputs = rcrn.Inputs(
+    inputs = network.Inputs(
         *(jnp.asarray(x, jnp.float32) for x in (regions, boxes)),
         jnp.asarray(mask),
         jnp.full((count, 2), 448.0),
@@ -72,7 +71,7 @@ def batch(items):
 
 @pytest.mark.slow
 def test_grounding_matching_and_blame_are_learnt_without_a_label_of_the_wrong_edge(steps=900, size=64):
-    cfg = rcrn.RCRNConfig(
+    cfg = network.RCRNConfig(
         len(ATTRIBUTES),
         len(VOCABULARY),
         width=64,
@@ -82,16 +81,16 @@ def test_grounding_matching_and_blame_are_learnt_without_a_label_of_the_wrong_ed
         phrase_encoder="linear",
         dropout=0.0,
     )
-    params = rcrn.init(jax.random.key(0), cfg)
+    params = network.init(jax.random.key(0), cfg)
     optimiser = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(optax.cosine_decay_schedule(2e-3, steps)))
     state = optimiser.init(params)
 
     @jax.jit
     def step(params, state, inputs, match, referent, weight):
         def loss(params):
-            out = rcrn.apply(params, cfg, inputs)
+            out = network.apply(params, cfg, inputs)
             gold = jnp.take_along_axis(inputs.boxes, referent[:, None, None], 1)[:, 0]
-            parts = matching.matching_losses(
+            parts = loss.matching_losses(
                 out["b_root"],
                 inputs.box_mask,
                 referent,
@@ -115,7 +114,7 @@ def test_grounding_matching_and_blame_are_learnt_without_a_label_of_the_wrong_ed
         params, state = step(params, state, *jax.tree.map(lambda x: x[pick], train[:3]), weight)  # noqa: B023
 
     out = {
-        name: jax.jit(rcrn.apply, static_argnames=("cfg", "readout"))(params, cfg, inputs, readout=name)
+        name: jax.jit(network.apply, static_argnames=("cfg", "readout"))(params, cfg, inputs, readout=name)
         for name in ("released", "counterfactual")
     }
     match, two = np.asarray(match), (wrong >= 0) & (edges == 2)

@@ -12,9 +12,9 @@ from jaxmllm.data.dialogues import conversation
 from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
 from jaxmllm.runfiles import read_lines
-from jaxmllm.train.config import DataConfig, DPOConfig, OptimConfig, UnlikelihoodConfig
-from jaxmllm.train.loop import train
-from tests import training
+from jaxmllm.training.config import DataConfig, DPOConfig, OptimConfig, UnlikelihoodConfig
+from jaxmllm.training.loop import train
+from tests.support import training
 
 pytestmark = pytest.mark.usefixtures("one_device")
 END = "<|im_end|>"

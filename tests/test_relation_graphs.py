@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxmllm.tasks import relation_graphs as graphs
 from jaxmllm.tasks import relation_phrases
-from tests.relation_scenes import COLOURS, SHAPES, scene
+from tests.support.relation_scenes import COLOURS, SHAPES, scene
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -20,7 +20,7 @@ from jaxmllm.report.html import write_report
 from jaxmllm.report.markup import clip, escape, short, tag
 from jaxmllm.runfiles import read_lines, write_json
 from jaxmllm.tasks import counting, grounding
-from jaxmllm.train.metrics import MetricsWriter, record_start
+from jaxmllm.training.metrics import MetricsWriter, record_start
 
 EVIL = "</pre></td><script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg onload=alert(3)>\u202e\x00\ud800"
 VOID = {"meta", "img"}

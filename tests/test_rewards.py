@@ -14,10 +14,10 @@ import pytest
 
 from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
+from jaxmllm.methods.grpo.rewards import Rewards, of_config
 from jaxmllm.tasks import counting, detection, grounding
-from jaxmllm.train.config import RolloutConfig
-from jaxmllm.train.rewards import Rewards, of_config
-from tests import reward_functions, training
+from jaxmllm.training.config import RolloutConfig
+from tests.support import reward_functions, training
 
 STYLE = {"style": "qwen2_5_vl", "thinking": False}
 
@@ -39,7 +39,7 @@ def test_the_record_decides_the_task_reward(records):
 
 
 def test_columns_rows_and_what_does_not_apply(records):
-    rewards = Rewards(["tests.reward_functions:sometimes", "tests.reward_functions:checksum"], STYLE)
+    rewards = Rewards(["tests.support.reward_functions:sometimes", "tests.support.reward_functions:checksum"], STYLE)
     table, parts = rewards(["a", "b"], records)
     assert table.shape == (2, 2) and table[0, 0] == 1.0 and math.isnan(table[1, 0])
     assert table[0, 1] == reward_functions.checksum("a", None) and table[1, 1] == reward_functions.checksum("b", None)
@@ -47,7 +47,7 @@ def test_columns_rows_and_what_does_not_apply(records):
 
 
 def test_processes_give_the_same_table(records):
-    names = ["task", "tests.reward_functions:checksum"]
+    names = ["task", "tests.support.reward_functions:checksum"]
     texts = [grounding.answer(records[0]), "3"]
     here = Rewards(names, STYLE)(texts, records)
     there = Rewards(names, STYLE, processes=2, timeout=60)
@@ -61,9 +61,10 @@ def test_processes_give_the_same_table(records):
 
 
 def test_a_reward_that_hangs_ends_in_time(records):
-    rewards = Rewards(["tests.reward_functions:hangs"], STYLE, processes=1, timeout=0.5)
+    rewards = Rewards(["tests.support.reward_functions:hangs"], STYLE, processes=1, timeout=0.5)
     with pytest.raises(
-        InputError, match="reward tests.reward_functions:hangs failed on record 'world-.*': no result after 0.5 s"
+        InputError,
+        match="reward tests.support.reward_functions:hangs failed on record 'world-.*': no result after 0.5 s",
     ):
         rewards(["a"], records[:1])
 
@@ -79,7 +80,9 @@ def test_a_reward_that_hangs_ends_in_time(records):
 )
 def test_failures_can_be_left_out(records, caplog, name, processes, why):
     """A reward that hangs, raises or kills its process does not apply; those after it are computed all the same."""
-    rewards = Rewards([f"tests.reward_functions:{name}"], STYLE, processes=processes, timeout=0.7, skip_errors=True)
+    rewards = Rewards(
+        [f"tests.support.reward_functions:{name}"], STYLE, processes=processes, timeout=0.7, skip_errors=True
+    )
     try:
         table, _ = rewards(["b", "a", "c", "d"], [*records, *records])
     finally:
@@ -87,18 +90,18 @@ def test_failures_can_be_left_out(records, caplog, name, processes, why):
     np.testing.assert_array_equal(table[:, 0], [1, np.nan, 1, 1])
     assert rewards.failed == 1 and f"record {records[1]['id']!r}: {why}" in caplog.text
     with pytest.raises(InputError, match=why):
-        Rewards([f"tests.reward_functions:{name}"], STYLE, processes=processes, timeout=0.7)(["a"], records[:1])
+        Rewards([f"tests.support.reward_functions:{name}"], STYLE, processes=processes, timeout=0.7)(["a"], records[:1])
 
 
 def test_processes_are_for_the_functions_of_others():
     assert Rewards(["task"], STYLE, processes=None)._processes == 0
-    assert Rewards(["task", "tests.reward_functions:checksum"], STYLE, processes=None)._processes > 0
+    assert Rewards(["task", "tests.support.reward_functions:checksum"], STYLE, processes=None)._processes > 0
 
 
 def test_rewards_of_the_tokens(tmp_path, records):
     """DAPO's overlong punishment and the repetition penalty, by hand (grpo.md section 8)."""
     base = training.config(tmp_path)
-    names = ("repetition", "tests.reward_functions:checksum", "soft_overlong")
+    names = ("repetition", "tests.support.reward_functions:checksum", "soft_overlong")
     options = dict(soft_punish_cache=4, repetition_n_grams=2, repetition_max_penalty=-0.5, reward_funcs=names)
     config = dataclasses.replace(
         base,
@@ -139,10 +142,10 @@ def test_the_task_reward_gets_the_options_of_the_run(tmp_path):
 
 
 def test_a_reward_that_raises_in_a_process_is_named(records):
-    rewards = Rewards(["tests.reward_functions:raises"], STYLE, processes=1, timeout=60)
+    rewards = Rewards(["tests.support.reward_functions:raises"], STYLE, processes=1, timeout=60)
     try:
         with pytest.raises(
-            InputError, match="reward tests.reward_functions:raises failed on record 'world-.*': RuntimeError"
+            InputError, match="reward tests.support.reward_functions:raises failed on record 'world-.*': RuntimeError"
         ):
             rewards(["a"], records[:1])
     finally:
@@ -152,10 +155,10 @@ def test_a_reward_that_raises_in_a_process_is_named(records):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("tests.reward_functions:absent", "'tests.reward_functions:absent' does not import"),
+        ("tests.support.reward_functions:absent", "'tests.support.reward_functions:absent' does not import"),
         ("no_such_module:reward", "'no_such_module:reward' does not import"),
         ("grounding", "'grounding' does not import .* write module:function"),
-        ("tests.reward_functions:NOT_A_FUNCTION", "is a int, not a function"),
+        ("tests.support.reward_functions:NOT_A_FUNCTION", "is a int, not a function"),
     ],
 )
 def test_names_that_mean_nothing(name, message):
@@ -173,14 +176,14 @@ def test_names_that_mean_nothing(name, message):
 )
 def test_what_is_no_reward(records, name, message):
     with pytest.raises(InputError, match=message):
-        Rewards([f"tests.reward_functions:{name}"], STYLE)(["a"], records[:1])
+        Rewards([f"tests.support.reward_functions:{name}"], STYLE)(["a"], records[:1])
 
 
 KILLED = """
 import os, signal
-from jaxmllm.train.rewards import Rewards
+from jaxmllm.methods.grpo.rewards import Rewards
 if __name__ == "__main__":
-    rewards = Rewards(["tests.reward_functions:checksum"], {}, processes=1)
+    rewards = Rewards(["tests.support.reward_functions:checksum"], {}, processes=1)
     rewards(["a"], [{"id": "x"}])
     print(*rewards._pool._processes, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)

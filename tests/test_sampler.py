@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxmllm.losses.logprobs import MASKED, Sampling, warp
+from jaxmllm.methods.update import score_jit
 from jaxmllm.model import qwen_vl
+from jaxmllm.model.logprobs import MASKED, Sampling, warp
 from jaxmllm.rollout import sampler
-from jaxmllm.train.step import score_jit
 from jaxmllm.types import Completions
-from tests import tiny
+from tests.support import tiny
 
 CFG = tiny.config()
 PARAMS = tiny.params(CFG)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmllm.losses import correction, surrogates
-from jaxmllm.losses.policy import GRPOOptions
-from tests.grpo_reference import B, Case, T, draw, rollout_weights
+from jaxmllm.methods.grpo import correction, terms
+from jaxmllm.methods.grpo.loss import GRPOOptions
+from tests.support.grpo_reference import B, Case, T, draw, rollout_weights
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def test_dual_clip_is_the_two_sided_clip():
     used = {name: arrays[name] for name in ("logps", "old_logps", "advantages", "mask")}
     two_sided = Case(used, GRPOOptions(delta=1.5), {})
     inputs = [jnp.asarray(arrays[name]) for name in ("logps", "old_logps", "advantages", "mask")]
-    dual = lambda lp: surrogates.dual_clip_policy_loss(lp, *inputs[1:], clip_ratio_c=1.5)  # noqa: E731
+    dual = lambda lp: terms.dual_clip_policy_loss(lp, *inputs[1:], clip_ratio_c=1.5)  # noqa: E731
     (value, metrics), dual_grad = jax.jit(jax.value_and_grad(dual, has_aux=True))(inputs[0])
     np.testing.assert_allclose(value, two_sided.loss(arrays["logps"]))
     np.testing.assert_allclose(dual_grad, two_sided.gradient(), rtol=1e-6, atol=1e-9)
@@ -35,10 +35,10 @@ def test_dual_clip_is_the_two_sided_clip():
     np.testing.assert_allclose(metrics["pg_clipfrac_lower"], ((rho > 1.5) & (adv < 0))[m].mean(), rtol=1e-6)
     np.testing.assert_allclose(metrics["ppo_kl"], -np.log(rho[m]).mean(), rtol=1e-6)
     with pytest.raises(ValueError, match="clip_ratio_c"):
-        surrogates.dual_clip_policy_loss(*inputs, clip_ratio_c=1.0)
+        terms.dual_clip_policy_loss(*inputs, clip_ratio_c=1.0)
 
 
-@pytest.mark.parametrize("mode", surrogates.AGGREGATION_MODES)
+@pytest.mark.parametrize("mode", terms.AGGREGATION_MODES)
 def test_aggregation_modes(mode):
     arrays = draw(13)
     loss, mask = arrays["logps"], arrays["mask"] > 0
@@ -51,12 +51,12 @@ def test_aggregation_modes(mode):
         "seq-mean-token-sum-norm": np.mean([row.sum() for row in rows]) / T,
     }[mode]
     dirty = jnp.where(mask, loss, jnp.nan)
-    np.testing.assert_allclose(surrogates.aggregate_loss(dirty, jnp.asarray(mask), mode), want)
-    assert surrogates.aggregate_loss(dirty, jnp.zeros((B, T)), mode) == 0
-    scaled = surrogates.aggregate_loss(dirty, jnp.asarray(mask), mode, loss_scale_factor=10.0)
+    np.testing.assert_allclose(terms.aggregate_loss(dirty, jnp.asarray(mask), mode), want)
+    assert terms.aggregate_loss(dirty, jnp.zeros((B, T)), mode) == 0
+    scaled = terms.aggregate_loss(dirty, jnp.asarray(mask), mode, loss_scale_factor=10.0)
     np.testing.assert_allclose(scaled, want * (T / 10 if mode == "seq-mean-token-sum-norm" else 1))
     with pytest.raises(ValueError, match="loss_agg_mode"):
-        surrogates.aggregate_loss(dirty, jnp.asarray(mask), "mean")
+        terms.aggregate_loss(dirty, jnp.asarray(mask), "mean")
 
 
 def test_expected_gradient_of_the_kl_estimators():
@@ -67,7 +67,7 @@ def test_expected_gradient_of_the_kl_estimators():
     def expected(kind):
         def loss(x):
             lp = jax.nn.log_softmax(x)[None]
-            return jnp.sum(p * surrogates.kl_estimate(lp, log_ref[None], jnp.ones((1, 3)), kind)[0])
+            return jnp.sum(p * terms.kl_estimate(lp, log_ref[None], jnp.ones((1, 3)), kind)[0])
 
         return jax.jit(jax.grad(loss))(logits)
 
@@ -81,16 +81,16 @@ def test_expected_gradient_of_the_kl_estimators():
 def test_kl_values_aliases_and_clip():
     x = jnp.array([[-30.0, -3.0, 1e-9, 2.0, 30.0]])
     ones, zero = jnp.ones_like(x), jnp.zeros_like(x)
-    k3 = surrogates.kl_estimate(x, zero, ones, "k3")
+    k3 = terms.kl_estimate(x, zero, ones, "k3")
     np.testing.assert_allclose(k3[0, [1, 3]], np.exp([3.0, -2.0]) + [-3 - 1, 2 - 1])
     np.testing.assert_allclose(k3[0, 2], 0.5e-18, rtol=1e-6, atol=1e-17)
     assert (k3 >= 0).all()
-    np.testing.assert_allclose(surrogates.kl_estimate(x, zero, ones, "low_var_kl", clip=True)[0, [0, 4]], [10, 10])
+    np.testing.assert_allclose(terms.kl_estimate(x, zero, ones, "low_var_kl", clip=True)[0, [0, 4]], [10, 10])
     for kind, alias in (("k1", "kl"), ("k2", "mse"), ("k3", "k3+")):
-        want = surrogates.kl_estimate(x, zero, ones, kind)
-        np.testing.assert_allclose(surrogates.kl_estimate(x, zero, ones, alias), want, rtol=1e-14)
+        want = terms.kl_estimate(x, zero, ones, kind)
+        np.testing.assert_allclose(terms.kl_estimate(x, zero, ones, alias), want, rtol=1e-14)
     with pytest.raises(ValueError, match="kl_loss_type"):
-        surrogates.kl_estimate(x, zero, ones, "full")
+        terms.kl_estimate(x, zero, ones, "full")
 
 
 @pytest.mark.parametrize("mode", correction.WEIGHT_MODES)

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr
 
-from jaxmllm.losses import temporal
+from jaxmllm.eval import perplexity
 
 K, T = 3, 6
-SCORE = jax.jit(temporal.tpl_score)
-FOCUS, IMAGE, ACTIVATION = map(jax.jit, (temporal.focus_agreement, temporal.image_activation, temporal.activation))
+SCORE = jax.jit(perplexity.tpl_score)
+FOCUS, IMAGE, ACTIVATION = map(
+    jax.jit, (perplexity.focus_agreement, perplexity.image_activation, perplexity.activation)
+)
 seeds = st.integers(0, 10**6)
 relaxed = settings(max_examples=30, deadline=None)
 
@@ -93,10 +95,10 @@ def test_batches_single_forms_and_no_gradient():
         alone = SCORE(full[index], frames[index], jnp.asarray(mask[index]))
         for name in out:
             np.testing.assert_allclose(out[name][index], alone[name], rtol=1e-6)
-    strict = jax.jit(lambda *a: temporal.temporal_perplexity(*a, mode="ppl", reduce="min"))
+    strict = jax.jit(lambda *a: perplexity.temporal_perplexity(*a, mode="ppl", reduce="min"))
     one = strict(full, frames, jnp.asarray(mask))
     np.testing.assert_allclose(one, out["tpl_ppl_min"], rtol=1e-6)
-    gradient = jax.jit(jax.grad(lambda x: temporal.temporal_perplexity(x, frames, jnp.asarray(mask)).sum()))(full)
+    gradient = jax.jit(jax.grad(lambda x: perplexity.temporal_perplexity(x, frames, jnp.asarray(mask)).sum()))(full)
     assert not gradient.any()  # TPL must not be trainable: it rises when one frame explains the text worse
     low = SCORE(full.astype(jnp.bfloat16), frames.astype(jnp.bfloat16), jnp.asarray(mask))
     same = SCORE(*(x.astype(jnp.bfloat16).astype(jnp.float32) for x in (full, frames)), jnp.asarray(mask))
@@ -107,7 +109,7 @@ def test_batches_single_forms_and_no_gradient():
 def test_leave_one_out_finds_the_frame_that_matters():
     full = np.log(np.array([0.5, 0.8, 0.9, 0.1]))
     without = np.stack([full, full - 1.0, full - 0.25])
-    delta = jax.jit(temporal.leave_one_out)(jnp.asarray(full), jnp.asarray(without), jnp.asarray([1, 1, 1, 0]))
+    delta = jax.jit(perplexity.leave_one_out)(jnp.asarray(full), jnp.asarray(without), jnp.asarray([1, 1, 1, 0]))
     np.testing.assert_allclose(delta, [0, 1, 0.25], atol=1e-6)
     shares = ACTIVATION(jnp.maximum(delta, 0))
     np.testing.assert_allclose(shares["p"], [0, 0.8, 0.2], atol=1e-6)
@@ -119,19 +121,19 @@ def test_leave_one_out_finds_the_frame_that_matters():
 
 def test_frames_are_drawn_uniformly_without_replacement():
     rng = np.random.default_rng(0)
-    drawn = [temporal.choose_frames(6, 4, rng) for _ in range(600)]
+    drawn = [perplexity.choose_frames(6, 4, rng) for _ in range(600)]
     assert all(len(set(frames)) == 4 and frames == sorted(frames) and set(frames) <= set(range(6)) for frames in drawn)
     share = np.bincount(np.concatenate(drawn), minlength=6) / 600
     np.testing.assert_allclose(share, 4 / 6, atol=0.08)
-    assert temporal.choose_frames(5, None, rng) == temporal.choose_frames(5, 9, rng) == [0, 1, 2, 3, 4]
-    assert temporal.choose_frames(5, 1, rng, frames="last") == [4]
-    assert temporal.single_frame_clip(2, 8) == [2, 2]
-    assert temporal.single_frame_clip(2, 4, "repeat") == [2] * 4
+    assert perplexity.choose_frames(5, None, rng) == perplexity.choose_frames(5, 9, rng) == [0, 1, 2, 3, 4]
+    assert perplexity.choose_frames(5, 1, rng, frames="last") == [4]
+    assert perplexity.single_frame_clip(2, 8) == [2, 2]
+    assert perplexity.single_frame_clip(2, 4, "repeat") == [2] * 4
     for call in (
-        lambda: temporal.choose_frames(0, 1, rng),
-        lambda: temporal.choose_frames(4, 0, rng),
-        lambda: temporal.choose_frames(4, 1, rng, "first"),
-        lambda: temporal.single_frame_clip(0, 4, "both"),
+        lambda: perplexity.choose_frames(0, 1, rng),
+        lambda: perplexity.choose_frames(4, 0, rng),
+        lambda: perplexity.choose_frames(4, 1, rng, "first"),
+        lambda: perplexity.single_frame_clip(0, 4, "both"),
     ):
         with pytest.raises(ValueError):
             call()
@@ -139,11 +141,11 @@ def test_frames_are_drawn_uniformly_without_replacement():
 
 def test_filter_keeps_the_better_half_of_long_samples():
     scores, lengths = [0.1, 0.4, 0.2, 9.0, 0.3, np.nan], [8, 9, 30, 7, 8, 50]
-    np.testing.assert_array_equal(temporal.tpl_filter(scores, lengths), [0, 1, 0, 0, 1, 0])  # median .25 of the long
-    np.testing.assert_array_equal(temporal.tpl_filter(scores, lengths, tau=0.2), [0, 1, 1, 0, 1, 0])
+    np.testing.assert_array_equal(perplexity.tpl_filter(scores, lengths), [0, 1, 0, 0, 1, 0])  # median .25 of the long
+    np.testing.assert_array_equal(perplexity.tpl_filter(scores, lengths, tau=0.2), [0, 1, 1, 0, 1, 0])
     tasks = ["qa", "cap", "qa", "qa", "cap", "cap"]
-    np.testing.assert_array_equal(temporal.tpl_filter(scores, lengths, tasks), [0, 1, 1, 0, 0, 0])
-    assert temporal.tpl_filter([], []).shape == (0,)
+    np.testing.assert_array_equal(perplexity.tpl_filter(scores, lengths, tasks), [0, 1, 1, 0, 0, 0])
+    assert perplexity.tpl_filter([], []).shape == (0,)
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -165,7 +167,7 @@ def test_frame_activation_equals_numpy(seed):
     assert float(out["n_eff"]) == pytest.approx(np.exp(-(p * np.log(p)).sum()))
 
 
-FRAMES = jax.jit(temporal.frame_activation)
+FRAMES = jax.jit(perplexity.frame_activation)
 
 
 def test_activation_corners():

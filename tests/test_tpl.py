@@ -10,7 +10,7 @@ from jaxmllm import api, cli
 from jaxmllm.data.examples import Asking
 from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
-from jaxmllm.eval import temporal
+from jaxmllm.eval import tpl
 from tests.test_cli import refused
 
 CLIPS = "world:tracks?size=56x56&objects=1-2&frames=3&length=8"
@@ -33,10 +33,10 @@ def test_scores_are_the_formula_on_the_scorers_probabilities(model):
     """Single frames are shown in other words here: as lists of one image, or of a frame twice."""
     record = open_source(CLIPS)[0]
     video = chat(record, "A red square.")
-    found = temporal.temporal_scores(model, [record, video], frames=None)
+    found = tpl.temporal_scores(model, [record, video], frames=None)
     asking = Asking()
     question = asking.parts(record)[-1]
-    answers = [asking.answer(record) + temporal.END, "A red square." + temporal.END]
+    answers = [asking.answer(record) + tpl.END, "A red square." + tpl.END]
     images = [[{"type": "image", "image": image} for image in chosen] for chosen in
               (record["images"], *([image] for image in record["images"]))]  # fmt: skip
     frames = video["messages"][0]["content"][0]["video"]
@@ -59,21 +59,21 @@ def test_one_frame_keeps_its_place():
     """Of images with tags the shown one stays at its own tag; the control fills every place with it."""
     content = [part for k in range(3) for part in ({"type": "text", "text": f"f{k}"}, {"type": "image", "image": k})]
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": content}]
-    (_, single), (_, repeated) = (temporal.one_frame(messages, 1, mode) for mode in ("single", "repeat"))
+    (_, single), (_, repeated) = (tpl.one_frame(messages, 1, mode) for mode in ("single", "repeat"))
     assert [part.get("text", part.get("image")) for part in single["content"]] == ["f0", "f1", 1, "f2"]
     assert [part.get("text", part.get("image")) for part in repeated["content"]] == ["f0", 1, "f1", 1, "f2", 1]
     video = [{"role": "user", "content": [{"type": "video", "video": ["a", "b", "c"], "fps": 2}]}]
-    shown = [temporal.one_frame(video, 2, mode)[0]["content"][0]["video"] for mode in ("single", "repeat")]
+    shown = [tpl.one_frame(video, 2, mode)[0]["content"][0]["video"] for mode in ("single", "repeat")]
     assert shown == [["c", "c"], ["c", "c", "c"]]
 
 
 def test_what_is_no_clip_is_refused(model):
     scene = open_source("world:grounding?size=56x56")[0]
     with pytest.raises(InputError, match="1 frames; temporal perplexity needs two"):
-        temporal.temporal_scores(model, [scene])
+        tpl.temporal_scores(model, [scene])
     other = {**scene, "images": [scene["images"][0], np.zeros((28, 28, 3), np.uint8)]}
     with pytest.raises(InputError, match="differ in size"):
-        temporal.temporal_scores(model, [other])
+        tpl.temporal_scores(model, [other])
 
 
 def test_the_command_and_training_on_what_it_keeps(tmp_path, capsys, monkeypatch):

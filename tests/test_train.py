@@ -14,11 +14,11 @@ from jaxmllm import api
 from jaxmllm.errors import InputError
 from jaxmllm.model.lora import LoRAConfig
 from jaxmllm.runfiles import read_lines
-from jaxmllm.train import setup
-from jaxmllm.train.checkpoint import Checkpoints
-from jaxmllm.train.config import DataConfig, OptimConfig
-from jaxmllm.train.loop import Interrupted, train
-from tests import training
+from jaxmllm.training import setup
+from jaxmllm.training.checkpoint import Checkpoints
+from jaxmllm.training.config import DataConfig, OptimConfig
+from jaxmllm.training.loop import Interrupted, train
+from tests.support import training
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -46,7 +46,7 @@ def test_what_a_run_leaves(finished):
     # TRL's names
     for name in (
         "loss", "grad_norm", "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "entropy",
-        "completions/clipped_ratio", "rewards/tests.reward_functions:checksum/mean", "num_tokens", "step_time",
+        "completions/clipped_ratio", "rewards/tests.support.reward_functions:checksum/mean", "num_tokens", "step_time",
         "processor_time",
     ):  # fmt: skip
         assert all(np.isfinite(row[name]) for row in rows), name
@@ -125,7 +125,7 @@ def test_a_folder_of_another_config_is_refused(finished):
         (
             dict(use_adaptive_entropy=True, top_entropy_quantile=0.5, mask_truncated_completions=True),
             dict(
-                reward_funcs=("tests.reward_functions:checksum", "soft_overlong"),
+                reward_funcs=("tests.support.reward_functions:checksum", "soft_overlong"),
                 soft_punish_cache=2,
                 temperature=0.7,
                 top_k=40,
@@ -203,10 +203,10 @@ def test_supervised_loss_falls_and_does_not_depend_on_the_cut(tmp_path):
 @pytest.mark.parametrize(
     "rollout, message",
     [
-        (training.rewarded_by("raises"), "reward tests.reward_functions:raises failed on record 'world-.*': RuntimeError: no"),
+        (training.rewarded_by("raises"), "reward_functions:raises failed on record 'world-.*': RuntimeError: no"),
         (training.rewarded_by("infinite"), "returned inf, expected a finite number"),
         (training.rewarded_by("wrong_type"), "returned str, expected a number, a dict or None"),
-        (training.rewarded_by("absent"), "reward_funcs: 'tests.reward_functions:absent' does not import"),
+        (training.rewarded_by("absent"), "reward_funcs: 'tests.support.reward_functions:absent' does not import"),
     ],
 )  # fmt: skip
 def test_a_bad_reward_stops_the_run(tmp_path, rollout, message):

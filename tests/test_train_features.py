@@ -16,15 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxmllm.errors import InputError
-from jaxmllm.losses.grpo_options import GRPOOptions
+from jaxmllm.methods import update as step
+from jaxmllm.methods.grpo import rollout
+from jaxmllm.methods.grpo.options import GRPOOptions
 from jaxmllm.rollout import sampler
 from jaxmllm.runfiles import read_json, read_lines, write_json
-from jaxmllm.train import grpo, loop, setup, step
-from jaxmllm.train.checkpoint import Checkpoints
-from jaxmllm.train.config import DataConfig, OptimConfig
-from jaxmllm.train.loop import Interrupted, train
+from jaxmllm.training import loop, setup
+from jaxmllm.training.checkpoint import Checkpoints
+from jaxmllm.training.config import DataConfig, OptimConfig
+from jaxmllm.training.loop import Interrupted, train
 from jaxmllm.types import TrainState
-from tests import reward_functions, training
+from tests.support import reward_functions, training
 
 pytestmark = pytest.mark.usefixtures("one_device")
 TRAIN = DataConfig(
@@ -91,7 +93,7 @@ def test_short_completions_are_cut_apart_from_long_ones(tmp_path, monkeypatch):
 
     padded = run("padded")
     assert not any(cut)
-    monkeypatch.setattr(grpo, "LONG", 16)
+    monkeypatch.setattr(rollout, "LONG", 16)
     for row, other in zip(run("cut"), padded, strict=True):
         assert row["completions/max_length"] > 12 > 4 > row["completions/min_length"]
         for name in ("loss", "grad_norm", "reward", "entropy"):
@@ -123,7 +125,7 @@ def test_groups_that_teach_nothing_are_replaced(filtered):
         table = pq.read_table(folder / "completions" / f"completions_{number:05d}.parquet").to_pydict()
         assert len(table["completion"]) == 4 and all(table["advantage"])
         expected = [reward_functions.checksum(text, None) for text in table["completion"]]
-        assert table["tests.reward_functions:mostly_alike"] == expected
+        assert table["tests.support.reward_functions:mostly_alike"] == expected
 
 
 def test_resumed_dynamic_sampling_goes_on_with_the_next_records(filtered, tmp_path):

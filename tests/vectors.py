@@ -3,7 +3,14 @@
 One module per sheet holds the mapping; no formula lives here or there.
 """
 
-from tests import vectors_gitm_mr, vectors_grpo, vectors_merlin, vectors_perception_r1, vectors_reper, vectors_utr
+from tests.support import (
+    vectors_gitm_mr,
+    vectors_grpo,
+    vectors_merlin,
+    vectors_perception_r1,
+    vectors_reper,
+    vectors_utr,
+)
 
 FUNCTIONS = {}
 for _sheet in (vectors_gitm_mr, vectors_grpo, vectors_merlin, vectors_perception_r1, vectors_reper, vectors_utr):

@@ -28,9 +28,9 @@ More SFT on the same questions, to compare with:
         "coco:../shared/data/bccd/train.json?order=left&task=detection"
 """
 
-from jaxmllm.losses.grpo_options import GRPOOptions
+from jaxmllm.methods.grpo.options import GRPOOptions
 from jaxmllm.tasks.detection import Weights
-from jaxmllm.train.config import DataConfig, OptimConfig, RolloutConfig, TrainConfig
+from jaxmllm.training.config import DataConfig, OptimConfig, RolloutConfig, TrainConfig
 
 PHOTOS = "coco:../shared/data/bccd/{}.json?order=left&task={}"
 

@@ -27,8 +27,8 @@ asked. More SFT on the same questions, to compare with:
 All of it, seed by seed: python -m tests.benchmarks.findings FOLDER --only bccd
 """
 
-from jaxmllm.losses.grpo_options import GRPOOptions
-from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig
+from jaxmllm.methods.grpo.options import GRPOOptions
+from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 PHOTOS = "coco:../shared/data/bccd/{}.json?order=left&task={}"
 

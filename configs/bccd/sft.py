@@ -7,8 +7,8 @@ AP .237 [.210, .267], AP50 .365, AP75 .275; counting accuracy .505 [.439, .570] 
 .048: it lists 19 objects where 13 are marked). An earlier embedded model came to the same AP, .240.
 """
 
-from jaxmllm.losses.grpo_options import GRPOOptions
-from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig
+from jaxmllm.methods.grpo.options import GRPOOptions
+from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 PHOTOS = "coco:../shared/data/bccd/{}.json?order=left&task={}"
 

@@ -9,7 +9,7 @@ distribution of boxes (one run, stopped there); after it, SFT with the tower fro
 Six minutes of one core.
 """
 
-from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig
+from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 config = TrainConfig(
     name="bccd_vision",

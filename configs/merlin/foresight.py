@@ -10,7 +10,7 @@ with the whole trajectory is .21 [.17, .24] where copying the first box has .48,
 going on at the last speed has .86.
 """
 
-from jaxmllm.train.config import DataConfig, EvaluationConfig, OptimConfig, TrainConfig
+from jaxmllm.training.config import DataConfig, EvaluationConfig, OptimConfig, TrainConfig
 
 CLIPS = "world:foresight?size=84x84&objects=1-3&frames=3&horizon=1"
 

@@ -3,7 +3,7 @@
 ./launch/local.sh jaxmllm plan configs/quickstart.py --mesh cpu
 """
 
-from jaxmllm.meshes import CPU, MeshTarget
-from jaxmllm.train.config import MeshConfig
+from jaxmllm.machine.targets import CPU, MeshTarget
+from jaxmllm.training.config import MeshConfig
 
 mesh = MeshTarget(chip=CPU, topology="", devices=1, hosts=1, train=MeshConfig(), sample=MeshConfig())

@@ -3,8 +3,8 @@
 ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh h100_1
 """
 
-from jaxmllm.meshes import H100, MeshTarget
-from jaxmllm.train.config import MeshConfig
+from jaxmllm.machine.targets import H100, MeshTarget
+from jaxmllm.training.config import MeshConfig
 
 mesh = MeshTarget(
     chip=H100,

@@ -5,8 +5,8 @@ Sampling splits heads in two, which every size allows (2B and 3B have two key/va
     ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh h100_8
 """
 
-from jaxmllm.meshes import H100, MeshTarget
-from jaxmllm.train.config import MeshConfig
+from jaxmllm.machine.targets import H100, MeshTarget
+from jaxmllm.training.config import MeshConfig
 
 mesh = MeshTarget(
     chip=H100,

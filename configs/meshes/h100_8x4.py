@@ -6,8 +6,8 @@ gradients cross the network between nodes.
     ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh h100_8x4
 """
 
-from jaxmllm.meshes import H100, MeshTarget
-from jaxmllm.train.config import MeshConfig
+from jaxmllm.machine.targets import H100, MeshTarget
+from jaxmllm.training.config import MeshConfig
 
 mesh = MeshTarget(
     chip=H100,

@@ -3,8 +3,8 @@
 ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v5e_16
 """
 
-from jaxmllm.meshes import V5E, MeshTarget
-from jaxmllm.train.config import MeshConfig
+from jaxmllm.machine.targets import V5E, MeshTarget
+from jaxmllm.training.config import MeshConfig
 
 mesh = MeshTarget(
     chip=V5E,

@@ -6,8 +6,8 @@ A copy of 72B for sampling does not fit: eight key/value heads split over eight 
     ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v5e_256
 """
 
-from jaxmllm.meshes import V5E, MeshTarget
-from jaxmllm.train.config import MeshConfig
+from jaxmllm.machine.targets import V5E, MeshTarget
+from jaxmllm.training.config import MeshConfig
 
 mesh = MeshTarget(
     chip=V5E,

@@ -5,8 +5,8 @@ A microbatch is a multiple of 64 prompts; for fewer, `fsdp` 16 and `tensor` 4.
     ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v5e_64
 """
 
-from jaxmllm.meshes import V5E, MeshTarget
-from jaxmllm.train.config import MeshConfig
+from jaxmllm.machine.targets import V5E, MeshTarget
+from jaxmllm.training.config import MeshConfig
 
 mesh = MeshTarget(
     chip=V5E,

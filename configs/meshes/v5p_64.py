@@ -5,8 +5,8 @@ The name counts chips, like the others here; Google Cloud counts cores and calls
     ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v5p_64
 """
 
-from jaxmllm.meshes import V5P, MeshTarget
-from jaxmllm.train.config import MeshConfig
+from jaxmllm.machine.targets import V5P, MeshTarget
+from jaxmllm.training.config import MeshConfig
 
 mesh = MeshTarget(
     chip=V5P,

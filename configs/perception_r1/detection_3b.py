@@ -35,9 +35,9 @@ Answers may have 2,048 tokens. Its curriculum (easy images first, more rollouts 
 repeated. Other hyper-parameters, and where they differ from the published ones: see grounding_2b.py.
 """
 
-from jaxmllm.losses.grpo_options import GRPOOptions
+from jaxmllm.methods.grpo.options import GRPOOptions
 from jaxmllm.tasks import answers
-from jaxmllm.train.config import DataConfig, EvaluationConfig, OptimConfig, RolloutConfig, TrainConfig
+from jaxmllm.training.config import DataConfig, EvaluationConfig, OptimConfig, RolloutConfig, TrainConfig
 
 config = TrainConfig(
     name="detection_3b",

@@ -28,9 +28,9 @@ without the bugs of the published code, unless asked for. With thinking the syst
 not published; the one above is ours.
 """
 
-from jaxmllm.losses.grpo_options import GRPOOptions
+from jaxmllm.methods.grpo.options import GRPOOptions
 from jaxmllm.tasks import answers
-from jaxmllm.train.config import DataConfig, EvaluationConfig, OptimConfig, RolloutConfig, TrainConfig
+from jaxmllm.training.config import DataConfig, EvaluationConfig, OptimConfig, RolloutConfig, TrainConfig
 
 config = TrainConfig(
     name="grounding_2b",

@@ -22,9 +22,9 @@ Variants (a name of its own keeps each run apart):
 Answers may have 2,048 tokens. Other hyper-parameters, and where they differ from the published ones: see grounding_2b.py.
 """
 
-from jaxmllm.losses.grpo_options import GRPOOptions
+from jaxmllm.methods.grpo.options import GRPOOptions
 from jaxmllm.tasks import ocr
-from jaxmllm.train.config import DataConfig, EvaluationConfig, OptimConfig, RolloutConfig, TrainConfig
+from jaxmllm.training.config import DataConfig, EvaluationConfig, OptimConfig, RolloutConfig, TrainConfig
 
 config = TrainConfig(
     name="ocr_2b",

@@ -23,7 +23,7 @@ The ranking of all of them (LiPO):
         --data.train "preference:runs/reflection/dialogues.jsonl?answers=all" --optim.learning-rate 2e-5
 """
 
-from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig, UnlikelihoodConfig
+from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig, UnlikelihoodConfig
 
 config = TrainConfig(
     name="reper_grounding",

@@ -3,7 +3,7 @@
 ./launch/local.sh jaxmllm train configs/tiny/grounding.py
 """
 
-from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig
+from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 SCENES = "world:grounding?size=84x84&objects=2-4"
 

@@ -25,7 +25,7 @@ the loss of a detection, and questions about one object taught to stop after one
     pages, F1 of words                    .433     .555         .594        .604
 """
 
-from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig
+from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 SCENES = "size=84x84&objects=2-4"
 PAGES = "size=84x84&lines=1-2&words=1-1&font_sizes=14-18"

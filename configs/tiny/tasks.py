@@ -5,7 +5,7 @@
 ./launch/local.sh jaxmllm convert runs/tiny_tasks_bfloat16 runs/tiny_four_tasks
 """
 
-from jaxmllm.train.config import DataConfig, OptimConfig, TrainConfig
+from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 SCENES = "size=84x84&objects=2-4"
 PAGES = "size=84x84&lines=1-2&words=1-1&font_sizes=14-18"

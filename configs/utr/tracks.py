@@ -12,7 +12,7 @@ The embedded model has seen no clips, so a short run makes the scorer; a larger 
     ./launch/local.sh jaxmllm train configs/utr/tracks.py
 """
 
-from jaxmllm.train.config import DataConfig, EvaluationConfig, OptimConfig, TrainConfig
+from jaxmllm.training.config import DataConfig, EvaluationConfig, OptimConfig, TrainConfig
 
 CLIPS = "world:tracks?size=84x84&objects=1-3&frames=4"
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmllm.mesh import gathered
+from jaxmllm.machine.mesh import gathered
 
 RESIDUAL_GAIN = 0.2  # of layers that write to the residual stream: at first they must not drown the tokens' embeddings
 ACTIVATIONS = {

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxmllm.errors import InputError
-from jaxmllm.mesh import tree_paths
+from jaxmllm.machine.mesh import tree_paths
 from jaxmllm.model.hf import MAX_LISTED, name_of
 
 DECODER_LINEARS = r"text/layers/.*(q|k|v|o|gate|up|down)_proj"

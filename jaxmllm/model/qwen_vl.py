@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from jaxtyping import Array, Float, Int, Key
 
 from jaxmllm.config import ModelConfig
-from jaxmllm.mesh import CACHE, gathered, lay_out
+from jaxmllm.machine.mesh import CACHE, gathered, lay_out
 from jaxmllm.model.text import Decoder
 from jaxmllm.model.vision import Tower
 from jaxmllm.types import Completions, KVCache, Prompts, Vision
@@ -80,7 +80,7 @@ def head_kernel(params: Params, dtype: Any) -> Float[Array, "D vocab"]:
 
 
 def logits(params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n vocab"]:
-    """float32 logits. Holds [*n, vocab]: for losses use `jaxmllm.losses.logprobs`, which never does."""
+    """float32 logits. Holds [*n, vocab]: for losses use `jaxmllm.model.logprobs`, which never does."""
     kernel = head_kernel(params, hidden.dtype).astype(hidden.dtype)
     flat = hidden.reshape(-1, hidden.shape[-1])
     out = jnp.einsum("nd,dv->nv", flat, kernel, preferred_element_type=jnp.float32)

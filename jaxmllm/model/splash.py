@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Bool, Float
 
-from jaxmllm.mesh import ROWS, P, mesh_of
+from jaxmllm.machine.mesh import ROWS, P, mesh_of
 
 LANES = 128
 

@@ -16,12 +16,12 @@ import jax
 
 from jaxmllm.config import ModelConfig
 from jaxmllm.errors import InputError
-from jaxmllm.mesh import make_mesh
-from jaxmllm.meshes import MeshTarget, check_layout, same_devices
+from jaxmllm.machine.mesh import make_mesh
+from jaxmllm.machine.targets import MeshTarget, check_layout, same_devices
 from jaxmllm.plan import hlo
 from jaxmllm.plan.programs import Phase, Programs, Sizes, architecture, sizes_of
 from jaxmllm.plan.roofline import Links, Times, links_of
-from jaxmllm.train.config import MeshConfig, Remat, TrainConfig
+from jaxmllm.training.config import MeshConfig, Remat, TrainConfig
 
 __all__ = ["PhasePlan", "Plan", "advise", "architecture", "plan", "search", "sizes_of"]
 GIB = 2**30

@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from jaxmllm.errors import EXIT_INPUT, InputError
-from jaxmllm.meshes import MeshTarget, load_mesh
+from jaxmllm.machine.targets import MeshTarget, load_mesh
 from jaxmllm.plan import Plan, report, search
 from jaxmllm.plan import plan as make_plan
-from jaxmllm.train.config import TrainConfig, parse_command
+from jaxmllm.training.config import TrainConfig, parse_command
 
 EXIT_NO_FIT = 1
 VALUES = ("--mesh", "--vision_tokens", "--prompt_tokens", "--phases")

@@ -17,15 +17,16 @@ from jaxmllm import api
 from jaxmllm.config import ModelConfig, load_model_config, model_config
 from jaxmllm.data.chat import Buckets
 from jaxmllm.errors import InputError
-from jaxmllm.losses.logprobs import Sampling
-from jaxmllm.mesh import BATCH, P, param_shardings
+from jaxmllm.machine import layout
+from jaxmllm.machine.mesh import BATCH, P, param_shardings
+from jaxmllm.methods.optim import make_optimizer, split, state_shardings
+from jaxmllm.methods.update import Rollout, Update, dpo_step, encode_jit, grpo_step, score, score_jit, sft_step
 from jaxmllm.model import hf, lora, qwen_vl
+from jaxmllm.model.logprobs import Sampling
 from jaxmllm.plan.flops import count
-from jaxmllm.rollout import layout, sampler
+from jaxmllm.rollout import sampler
 from jaxmllm.runfiles import read_json
-from jaxmllm.train.config import TrainConfig
-from jaxmllm.train.optim import make_optimizer, split, state_shardings
-from jaxmllm.train.step import Rollout, Update, dpo_step, encode_jit, grpo_step, score, score_jit, sft_step
+from jaxmllm.training.config import TrainConfig
 from jaxmllm.types import Completions, Prompts, TrainState, Vision
 
 STOPS = (0, 1)  # stop tokens: how many there are changes nothing

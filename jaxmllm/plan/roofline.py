@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from jaxmllm.meshes import Chip
+from jaxmllm.machine.targets import Chip
 from jaxmllm.plan.hlo import Message
 
 

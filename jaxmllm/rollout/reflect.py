@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmllm.data.dialogues import Conversation, Turn, conversation, pictures, say
-from jaxmllm.losses.unlikelihood import normalize_rewards
+from jaxmllm.methods.unlikelihood import normalize_rewards
 from jaxmllm.tasks import captioning
 
 Generate = Callable[[list[Conversation]], Sequence[str]]

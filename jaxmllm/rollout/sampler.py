@@ -14,9 +14,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmllm.config import ModelConfig
-from jaxmllm.losses.logprobs import Sampling, add_seen, seen_tokens, warp
-from jaxmllm.mesh import ROWS, P, lay_out, row_parts
+from jaxmllm.machine.mesh import ROWS, P, lay_out, row_parts
 from jaxmllm.model import qwen_vl
+from jaxmllm.model.logprobs import Sampling, add_seen, seen_tokens, warp
 from jaxmllm.types import KVCache, Prompts, Samples
 
 WORTH = 64  # tokens that an open completion may still get, for which it pays to leave finished prompts behind

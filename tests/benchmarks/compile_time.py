@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxmllm.config import ModelConfig
-from jaxmllm.losses.logprobs import Sampling
+from jaxmllm.methods.update import score
 from jaxmllm.model import hf
+from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout import sampler
-from jaxmllm.train.step import score
-from tests import tiny
+from tests.support import tiny
 
 DEPTHS = (4, 36)
 

@@ -44,7 +44,7 @@ def reward(text: str, record: dict[str, Any]) -> float:
 
 def config(setup: dict):
     """Our run of `setup`."""
-    from jaxmllm.train.config import OptimConfig
+    from jaxmllm.training.config import OptimConfig
     from tests.benchmarks import grpo_vs_trl
 
     base = grpo_vs_trl.config(setup)
@@ -57,7 +57,7 @@ def write(setup: dict) -> None:
     from PIL import Image
 
     from jaxmllm import api
-    from jaxmllm.train.setup import build
+    from jaxmllm.training.setup import build
     from tests.benchmarks.peers_48m import write_preprocessors
 
     folder = Path(setup["folder"])
@@ -89,7 +89,7 @@ def write(setup: dict) -> None:
 
 
 def ours(setup: dict) -> None:
-    from jaxmllm.train.setup import build, host_scalars
+    from jaxmllm.training.setup import build, host_scalars
 
     imported = peak_mib()
 

@@ -19,8 +19,8 @@ def ours(folder: Path) -> None:
     import jax.numpy as jnp
 
     from jaxmllm.config import load_model_config
-    from jaxmllm.losses.logprobs import Sampling
     from jaxmllm.model import hf
+    from jaxmllm.model.logprobs import Sampling
     from jaxmllm.rollout import sampler
     from tests.benchmarks.peers_48m import jax_prompts
 

@@ -36,8 +36,8 @@ COLUMNS = (
 
 def config(setup: dict):
     """The run of `setup`."""
-    from jaxmllm.losses.grpo_options import GRPOOptions
-    from jaxmllm.train.config import DataConfig, OptimConfig, RolloutConfig, TrainConfig
+    from jaxmllm.methods.grpo.options import GRPOOptions
+    from jaxmllm.training.config import DataConfig, OptimConfig, RolloutConfig, TrainConfig
 
     return TrainConfig(
         name="benchmark",
@@ -58,7 +58,7 @@ def config(setup: dict):
 
 def whole_step(run) -> dict[str, float]:
     """One GRPO step of `run`: seconds of its parts (`rollout` is all but the update), mean length and mean reward."""
-    from jaxmllm.train.setup import host_scalars
+    from jaxmllm.training.setup import host_scalars
 
     metrics = host_scalars(run.step(run, next(run.batches)))
     update, sampling = metrics["seconds/update"], metrics["seconds/sample"]
@@ -68,7 +68,7 @@ def whole_step(run) -> dict[str, float]:
 
 
 def ours(setup: dict) -> None:
-    from jaxmllm.train.setup import build
+    from jaxmllm.training.setup import build
 
     imported = peak_mib()
     run = build(config(setup))

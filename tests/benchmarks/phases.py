@@ -73,13 +73,13 @@ class Phases:
         import jax.numpy as jnp
         import numpy as np
 
-        from jaxmllm.losses.grpo_options import GRPOOptions
-        from jaxmllm.losses.logprobs import Sampling
+        from jaxmllm.methods.grpo.options import GRPOOptions
+        from jaxmllm.methods.optim import make_optimizer
+        from jaxmllm.methods.update import Update
         from jaxmllm.model import qwen_vl
+        from jaxmllm.model.logprobs import Sampling
         from jaxmllm.rollout import sampler
-        from jaxmllm.train.config import OptimConfig
-        from jaxmllm.train.optim import make_optimizer
-        from jaxmllm.train.step import Update
+        from jaxmllm.training.config import OptimConfig
         from jaxmllm.types import Completions, TrainState
 
         self.cfg, self.size = cfg, size
@@ -131,8 +131,8 @@ class Phases:
         """Phase -> (jitted function, arguments, static and named arguments)."""
         import jax.numpy as jnp
 
+        from jaxmllm.methods.update import Rollout, encode_jit, grpo_step, score_jit, sft_step
         from jaxmllm.rollout import sampler
-        from jaxmllm.train.step import Rollout, encode_jit, grpo_step, score_jit, sft_step
 
         size, cfg = self.size, self.cfg
         written = dict(num_generations=size.generations, max_new_tokens=size.new_tokens, stop_ids=(), pad_id=0)

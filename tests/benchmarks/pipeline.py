@@ -23,7 +23,7 @@ COLUMNS = ("records/s", "seconds", "waiting", "longest wait")
 
 
 def quickstart(threads: int):
-    from jaxmllm.train.config import load_config
+    from jaxmllm.training.config import load_config
 
     config = load_config(ROOT / "configs" / "quickstart.py")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, eval=(), workers=threads))
@@ -31,7 +31,7 @@ def quickstart(threads: int):
 
 def alone(config, batches: int) -> dict[str, float]:
     """Batches made ahead by nobody's leave; the first ones, which fill the queue, are not counted."""
-    from jaxmllm.train.setup import build
+    from jaxmllm.training.setup import build
 
     made = build(config).batches
     with made:
@@ -45,7 +45,7 @@ def alone(config, batches: int) -> dict[str, float]:
 
 
 def training(config, updates: int) -> dict[str, float]:
-    from jaxmllm.train.loop import train
+    from jaxmllm.training.loop import train
 
     seen: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -42,10 +42,10 @@ def ours(setup: dict) -> None:
     import jax.numpy as jnp
 
     from jaxmllm.config import load_model_config
+    from jaxmllm.methods.optim import make_optimizer
+    from jaxmllm.methods.update import Update, sft_step
     from jaxmllm.model import hf
-    from jaxmllm.train.config import OptimConfig
-    from jaxmllm.train.optim import make_optimizer
-    from jaxmllm.train.step import Update, sft_step
+    from jaxmllm.training.config import OptimConfig
     from jaxmllm.types import Completions, TrainState
     from tests.benchmarks.peers_48m import jax_prompts
 

@@ -91,9 +91,9 @@ def count_compilations() -> list[float]:
 def ours(setup: dict) -> None:
     import jax.numpy as jnp
 
-    from jaxmllm.losses.logprobs import Sampling
-    from jaxmllm.train.setup import build
-    from jaxmllm.train.step import score_jit
+    from jaxmllm.methods.update import score_jit
+    from jaxmllm.model.logprobs import Sampling
+    from jaxmllm.training.setup import build
     from jaxmllm.types import Completions
     from tests.benchmarks.grpo_vs_trl import config, whole_step
 

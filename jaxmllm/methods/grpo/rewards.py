@@ -1,0 +1,178 @@
+"""Rewards: plain functions `(text, record) -> float | dict | None`, run on the host, in processes with a time limit.
+
+"task" is the reward of the record's own task, "soft_overlong" and "repetition" judge the tokens alone; anything else is
+`module:function`. A function that raises, hangs or returns something else is an error that names the function and the
+record, unless the run is told to go on without that one reward: a silent zero would be trained on.
+"""
+
+import concurrent.futures
+import logging
+import math
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxmllm.errors import InputError
+from jaxmllm.methods.grpo import reward_calls
+from jaxmllm.methods.grpo.advantages import repetition_penalty, soft_overlong_punishment
+from jaxmllm.training.config import TrainConfig
+
+log = logging.getLogger(__name__)
+OfTokens = Callable[[Sequence[Sequence[int]]], Sequence[float]]  # token ids of all rows -> a reward for each
+FOREIGN_PROCESSES = 2  # for functions of others, unless the config says
+
+
+def of_tokens(config: TrainConfig) -> dict[str, OfTokens]:
+    """The rewards that read token ids, end token included, by name (grpo.md section 8)."""
+    rollout, limit = config.rollout, config.grpo.max_completion_length or 0
+
+    def soft_overlong(rows: Sequence[Sequence[int]]) -> list[float]:
+        return soft_overlong_punishment([len(row) for row in rows], limit, rollout.soft_punish_cache)
+
+    def repetition(rows: Sequence[Sequence[int]]) -> list[float]:
+        return repetition_penalty(rows, rollout.repetition_n_grams, rollout.repetition_max_penalty)
+
+    return {"soft_overlong": soft_overlong, "repetition": repetition}
+
+
+def style_of(config: TrainConfig) -> dict[str, Any]:
+    """Keyword arguments of the tasks' rewards; each gets those that it knows."""
+    data, rollout = config.data, config.rollout
+    return {
+        "style": data.style,
+        "thinking": data.thinking,
+        "rules": rollout.reward_rules,
+        "matching": rollout.reward_matching,
+        "by_task": {"detection": {"weights": rollout.detection}},
+    }
+
+
+def of_config(config: TrainConfig) -> "Rewards":
+    """The rewards of a run. InputError when a function does not import."""
+    rollout = config.rollout
+    return Rewards(
+        rollout.reward_funcs,
+        style_of(config),
+        of_tokens=of_tokens(config),
+        processes=rollout.reward_processes,
+        timeout=rollout.reward_timeout,
+        skip_errors=rollout.reward_errors == "skip",
+    )
+
+
+class Rewards:
+    """Computes the table of rewards of a rollout.
+
+    `processes` 0 runs them here, without a time limit: right for the library's own rewards, which take microseconds and are
+    linear in the text. With processes (None: `FOREIGN_PROCESSES` where a function is not the library's) a worker that
+    outlives `timeout` seconds is killed. A reward that fails stops the run; with `skip_errors` it does not apply to that
+    completion, and is counted in `failed`.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        style: dict[str, Any],
+        *,
+        of_tokens: Mapping[str, OfTokens] | None = None,
+        processes: int | None = 0,
+        timeout: float = 10.0,
+        skip_errors: bool = False,
+    ):
+        self.names, self._style, self._timeout, self._skip = tuple(names), style, timeout, skip_errors
+        self._of_tokens = {name: f for name, f in (of_tokens or {}).items() if name in self.names}
+        self._of_text = [name for name in self.names if name not in self._of_tokens]
+        for name in self._of_text:
+            reward_calls.resolve(name)
+        foreign = any(name != "task" for name in self._of_text)
+        self._processes = (FOREIGN_PROCESSES if foreign else 0) if processes is None else processes
+        self.failed = 0  # rewards of the last call that did not come
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        records: Sequence[Mapping[str, Any]],
+        tokens: Sequence[Sequence[int]] = (),
+    ) -> tuple[Float[np.ndarray, "rows K"], list[dict[str, float]]]:
+        """Rewards [rows, K], NaN where one does not apply, and each row's named parts. `tokens`: ids with the end token.
+
+        Raises InputError naming function and record when a reward raises or hangs (see the class) or returns something else.
+        """
+        jobs = [(name, row) for row in range(len(texts)) for name in self._of_text]
+        # pictures stay here: rewards read coordinates and sizes
+        lean = [{key: value for key, value in record.items() if key not in ("images", "videos")} for record in records]
+        table = np.full((len(texts), len(self.names)), np.nan)
+        parts: list[dict[str, float]] = [{} for _ in texts]
+        self.failed = 0
+        run = self._in_processes if self._processes else self._here
+        for (name, row), (total, named) in zip(jobs, run(jobs, texts, lean), strict=True):
+            table[row, self.names.index(name)] = total
+            parts[row] |= named
+        for name, function in self._of_tokens.items():
+            table[:, self.names.index(name)] = function(tokens)
+        return table, parts
+
+    def _here(self, jobs, texts, records):
+        for name, row in jobs:
+            try:
+                yield reward_calls.call(name, self._style, texts[row], records[row])
+            except InputError:
+                raise
+            except Exception as error:
+                yield self._missed(name, records[row], f"{type(error).__name__}: {error}", error)
+
+    def _in_processes(self, jobs, texts, records):
+        futures = self._submit(jobs, texts, records)
+        for number, (name, row) in enumerate(jobs):
+            try:
+                # everything before this one is done, so it is being worked on: what is waited is its own time
+                yield futures[number].result(timeout=self._timeout)
+            except InputError:
+                raise
+            except (TimeoutError, concurrent.futures.BrokenExecutor) as error:
+                if futures[number].done() and isinstance(error, TimeoutError):  # raised by the function itself
+                    yield self._missed(name, records[row], f"TimeoutError: {error}", error)
+                    continue
+                why = (
+                    "a process of the rewards died"
+                    if futures[number].done()
+                    else f"no result after {self._timeout:g} s"
+                )
+                self.close(kill=True)
+                yield self._missed(name, records[row], why, error)
+                futures[number + 1 :] = self._submit(jobs[number + 1 :], texts, records)
+            except Exception as error:
+                yield self._missed(name, records[row], f"{type(error).__name__}: {error}", error)
+
+    def _submit(self, jobs, texts, records):
+        if self._pool is None:
+            # spawn: a forked copy of a process that runs JAX's threads can deadlock
+            context = multiprocessing.get_context("spawn")
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                self._processes, mp_context=context, initializer=reward_calls.end_with_parent
+            )
+            list(self._pool.map(reward_calls.warm, range(self._processes)))
+        return [self._pool.submit(reward_calls.call, name, self._style, texts[row], records[row]) for name, row in jobs]
+
+    def _missed(
+        self, name: str, record: Mapping[str, Any], why: str, error: Exception
+    ) -> tuple[float, dict[str, float]]:
+        """What stands for a reward that did not come: NaN, or InputError."""
+        message = f"reward {name} failed on record {record.get('id')!r}: {why}"
+        if not self._skip:
+            raise InputError(message) from error
+        log.warning("left out: %s", message)
+        self.failed += 1
+        return math.nan, {}
+
+    def close(self, kill: bool = False) -> None:
+        if self._pool is not None:
+            workers = list((self._pool._processes or {}).values())
+            self._pool.shutdown(wait=not kill, cancel_futures=True)
+            for worker in workers if kill else ():
+                worker.kill()
+            self._pool = None

@@ -1,0 +1,123 @@
+"""The optimiser, and which parameters it sees.
+
+Frozen parameters are outside the differentiated tree: they cost neither gradient nor optimiser state, and a frozen tower
+is not differentiated at all.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from jaxmllm.errors import InputError
+from jaxmllm.machine.mesh import mesh_of, param_shardings, tree_paths
+from jaxmllm.training.config import OptimConfig
+from jaxmllm.types import TrainState
+
+CONSTANTS = r"lora/.*/scale"  # part of an adapter, never trained
+
+
+def split(params: dict, trainable: str) -> tuple[dict, dict]:
+    """(trainable, frozen) parts of a nested dict by a regular expression on paths; `join` undoes it.
+
+    With adapters present only adapters train, whatever the expression says of the rest. InputError when nothing matches.
+    """
+    has_lora = "lora" in params
+
+    def chosen(path: str) -> bool:
+        if has_lora:
+            return path.startswith("lora/") and not re.fullmatch(CONSTANTS, path)
+        return re.fullmatch(trainable, path) is not None
+
+    def part(tree: dict, paths: dict, keep: bool) -> dict:
+        out = {}
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                inner = part(value, paths[key], keep)
+                if inner:
+                    out[key] = inner
+            elif chosen(paths[key]) == keep:
+                out[key] = value
+        return out
+
+    paths = tree_paths(params)
+    train, frozen = part(params, paths, True), part(params, paths, False)
+    if not train:
+        raise InputError(
+            f"trainable = {trainable!r} matches no parameter; paths are like {', '.join(jax.tree.leaves(paths)[:4])}"
+        )
+    return train, frozen
+
+
+def state_shardings(train: dict, opt_state: Any, mesh: Mesh | AbstractMesh) -> tuple[Any, Any]:
+    """Where trainable parameters and the optimiser's state lie (arrays or shapes): each moment with its parameter."""
+    structure: Any = jax.tree.structure(train)
+    by_rule, whole = param_shardings(train, mesh), NamedSharding(mesh, PartitionSpec())
+
+    def is_params(node: Any) -> bool:
+        return jax.tree.structure(node) == structure
+
+    def place(node: Any) -> Any:
+        return by_rule if is_params(node) else jax.tree.map(lambda _: whole, node)
+
+    return by_rule, jax.tree.map(place, opt_state, is_leaf=is_params)
+
+
+def kept_layout(train: dict, opt_state: Any) -> tuple[dict, Any]:
+    """Inside a program: both where `state_shardings` says, on the mesh they lie on.
+
+    Left alone, the compiler may split a bias as the product before it, and the next update would be another program.
+    """
+    mesh = mesh_of(jax.tree.leaves(train)[0])
+    if mesh is None:
+        return train, opt_state
+    return jax.lax.with_sharding_constraint((train, opt_state), state_shardings(train, opt_state, mesh))
+
+
+def join(a: dict, b: dict) -> dict:
+    """Deep union of two nested dicts without a common leaf."""
+    out = dict(a)
+    for key, value in b.items():
+        out[key] = join(out[key], value) if key in out else value
+    return out
+
+
+def reference_params(state: TrainState, trainable: str) -> dict:
+    """Weights of the reference model: its own trainable part; without one, adapters train and it is the model without."""
+    if state.reference is None:
+        return {name: value for name, value in state.params.items() if name != "lora"}
+    return join(state.reference, split(state.params, trainable)[1])
+
+
+def schedule(config: OptimConfig, max_steps: int) -> optax.Schedule:
+    """Learning rate by update number: linear warm-up, then constant, linear or cosine to 0 at `max_steps`."""
+    peak, warm = config.learning_rate, config.warmup_steps
+    rest = max(1, max_steps - warm)
+    tail = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[config.lr_scheduler_type]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warm)), tail], [warm]) if warm else tail
+
+
+def make_optimizer(config: OptimConfig, max_steps: int) -> optax.GradientTransformation:
+    """AdamW with clipping by global norm; decay on matrices only (everything that is not a norm, bias or scalar)."""
+
+    def decays(params: Any) -> Any:
+        return jax.tree.map(lambda path: not re.search(r"(scale|bias)$", path), tree_paths(params))
+
+    adamw = optax.adamw(
+        schedule(config, max_steps),
+        b1=config.adam_beta1,
+        b2=config.adam_beta2,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        mask=decays,
+        mu_dtype=jnp.dtype(config.moment_dtype),
+    )
+    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm > 0 else optax.identity()
+    return optax.chain(clip, adamw)
