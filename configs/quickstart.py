@@ -5,7 +5,7 @@
 No network, no accelerator; under eight minutes on two cores. The run folder is runs/quickstart, with report.html at the end.
 """
 
-from jaxmllm.methods.grpo.options import GRPOOptions
+from jaxmllm.methods import GRPO
 from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 # The embedded model knows clean pictures (pixel noise of 4 levels of 255); these are grainy, as from a cheap camera in the dark.
@@ -14,7 +14,11 @@ GROUNDING, COUNTING = f"world:grounding?{SCENES}", f"world:counting?{SCENES}"
 
 config = TrainConfig(
     name="quickstart",
-    method="grpo",
+    method=GRPO(
+        num_generations=8,
+        max_completion_length=48,
+        epsilon_high=0.28,
+    ),
     model="tiny",
     trainable=r"(?!vision/).*",  # the tower is frozen: its output is computed once a rollout
     unroll=True,
@@ -25,7 +29,6 @@ config = TrainConfig(
         eval=(f"{GROUNDING}&split=val", f"{COUNTING}&split=val"),
     ),
     optim=OptimConfig(learning_rate=2e-4, lr_scheduler_type="constant", adam_beta2=0.98),
-    grpo=GRPOOptions(num_generations=8, max_completion_length=48, epsilon_high=0.28),
     completions_steps=40,
     save_steps=40,
 )

@@ -15,10 +15,10 @@ from jaxmllm.data.chat import Buckets, Example, Processor, collate, collate_comp
 from jaxmllm.errors import InputError
 from jaxmllm.machine import processes
 from jaxmllm.machine.mesh import param_shardings, shard_batch
-from jaxmllm.methods.update import score_jit
 from jaxmllm.model import hf, qwen_vl
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout import sampler
+from jaxmllm.rollout.scorer import score_jit
 from jaxmllm.types import Completions, Prompts
 
 TINY = Path(__file__).parent / "assets" / "tiny"

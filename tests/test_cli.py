@@ -123,7 +123,7 @@ def test_mistakes_get_one_line(tmp_path, capsys, photo):
 def test_mistakes_of_a_config_come_together(tmp_path, capsys):
     quickstart = ROOT / "configs" / "quickstart.py"
     message = refused(
-        capsys, "train", quickstart, "--batch_size", "3", "--grpo.num_generations", "1", "--optim.learning_rate", "-1",
+        capsys, "train", quickstart, "--batch_size", "3", "--method.num_generations", "1", "--optim.learning_rate", "-1",
         "--optim.gradient_accumulation_steps", "2", "--output_dir", tmp_path,
     )  # fmt: skip
     for part in ("batch_size = 3", "num_generations", "learning_rate"):

@@ -184,7 +184,7 @@ BEST = {"grounding": 2.0, "counting": 1.0, "ocr": 1.0, "detection": 3.0}  # perc
 
 @pytest.mark.parametrize(
     "flags",
-    [(), ("--data.thinking",), ("--rollout.reward_rules", "released"), ("--rollout.reward_matching", "order")],
+    [(), ("--data.thinking",), ("--method.reward_rules", "released"), ("--method.reward_matching", "order")],
     ids=lambda flags: "_".join(flags) or "usual",
 )
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in RECIPES])

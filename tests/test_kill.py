@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 KILLS = 20
 OPTIONS = (
     *("--max_steps", "24", "--save_steps", "2", "--eval_steps", "6", "--data.eval_samples", "32"),
-    *("--completions_steps", "4", "--grpo.max_completion_length", "24"),
+    *("--completions_steps", "4", "--method.max_completion_length", "24"),
 )
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 UPDATES = 16
 TRAIN = (
     *("jaxmllm", "train", str(ROOT / "configs/quickstart.py"), "--max_steps", str(UPDATES), "--save_steps", "2"),
-    *("--batch_size", "4", "--grpo.num_generations", "4", "--grpo.max_completion_length", "16"),
+    *("--batch_size", "4", "--method.num_generations", "4", "--method.max_completion_length", "16"),
     *("--data.eval", "--completions_steps", "100", "--no-export"),
 )
 # Nodes differ by name and port alone. Accounts, MPI and containers are left out; cred_expire is how long a requeued job waits.

@@ -28,15 +28,21 @@ More SFT on the same questions, to compare with:
         "coco:../shared/data/bccd/train.json?order=left&task=detection"
 """
 
-from jaxmllm.methods.grpo.options import GRPOOptions
+from jaxmllm.methods import GRPO
 from jaxmllm.tasks.detection import Weights
-from jaxmllm.training.config import DataConfig, OptimConfig, RolloutConfig, TrainConfig
+from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 PHOTOS = "coco:../shared/data/bccd/{}.json?order=left&task={}"
 
 config = TrainConfig(
     name="bccd_grpo",
-    method="grpo",
+    method=GRPO(
+        num_generations=8,
+        max_completion_length=256,
+        epsilon_high=0.28,
+        temperature=0.5,
+        detection=Weights(penalty=True),
+    ),
     model="runs/bccd_sft/export",
     trainable=r"(?!vision/).*",
     unroll=True,
@@ -49,8 +55,6 @@ config = TrainConfig(
         max_pixels=10_000,
     ),
     optim=OptimConfig(learning_rate=2e-4, lr_scheduler_type="linear", adam_beta2=0.98),
-    rollout=RolloutConfig(temperature=0.5, detection=Weights(penalty=True)),
-    grpo=GRPOOptions(num_generations=8, max_completion_length=256, epsilon_high=0.28),
     completions_steps=40,
     save_steps=40,
 )

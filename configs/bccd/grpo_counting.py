@@ -27,14 +27,18 @@ asked. More SFT on the same questions, to compare with:
 All of it, seed by seed: python -m tests.benchmarks.findings FOLDER --only bccd
 """
 
-from jaxmllm.methods.grpo.options import GRPOOptions
+from jaxmllm.methods import GRPO
 from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 PHOTOS = "coco:../shared/data/bccd/{}.json?order=left&task={}"
 
 config = TrainConfig(
     name="bccd_grpo_counting",
-    method="grpo",
+    method=GRPO(
+        num_generations=8,
+        max_completion_length=256,
+        epsilon_high=0.28,
+    ),
     model="runs/bccd_sft/export",
     trainable=r"(?!vision/).*",
     unroll=True,
@@ -47,7 +51,6 @@ config = TrainConfig(
         max_pixels=10_000,
     ),
     optim=OptimConfig(learning_rate=3e-4, adam_beta2=0.98),
-    grpo=GRPOOptions(num_generations=8, max_completion_length=256, epsilon_high=0.28),
     completions_steps=40,
     save_steps=40,
 )

@@ -7,14 +7,15 @@ AP .237 [.210, .267], AP50 .365, AP75 .275; counting accuracy .505 [.439, .570] 
 .048: it lists 19 objects where 13 are marked). An earlier embedded model came to the same AP, .240.
 """
 
-from jaxmllm.methods.grpo.options import GRPOOptions
-from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
+from jaxmllm.methods import SFT
+from jaxmllm.training.config import DataConfig, EvaluationConfig, OptimConfig, TrainConfig
 
 PHOTOS = "coco:../shared/data/bccd/{}.json?order=left&task={}"
 
 config = TrainConfig(
     name="bccd_sft",
-    method="sft",
+    method=SFT(),
+    evaluation=EvaluationConfig(max_new_tokens=256),
     model="runs/bccd_vision/export",
     trainable=r"(?!vision/).*",
     unroll=True,
@@ -31,7 +32,6 @@ config = TrainConfig(
         max_pixels=10_000,
     ),
     optim=OptimConfig(learning_rate=1e-3, warmup_steps=20, weight_decay=0.01, adam_beta2=0.98),
-    grpo=GRPOOptions(max_completion_length=256),
     logging_steps=10,
     save_steps=100,
 )

@@ -9,11 +9,12 @@ distribution of boxes (one run, stopped there); after it, SFT with the tower fro
 Six minutes of one core.
 """
 
+from jaxmllm.methods import VisionWarmup
 from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 config = TrainConfig(
     name="bccd_vision",
-    method="vision_warmup",
+    method=VisionWarmup(),
     model="tiny",
     trainable=r"vision/.*|embed|warmup/.*",
     unroll=True,

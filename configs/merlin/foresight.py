@@ -10,13 +10,17 @@ with the whole trajectory is .21 [.17, .24] where copying the first box has .48,
 going on at the last speed has .86.
 """
 
+from jaxmllm.methods import SFT
 from jaxmllm.training.config import DataConfig, EvaluationConfig, OptimConfig, TrainConfig
 
 CLIPS = "world:foresight?size=84x84&objects=1-3&frames=3&horizon=1"
 
 config = TrainConfig(
     name="merlin_foresight",
-    method="sft",
+    method=SFT(
+        loss_norm="token",
+        questions_per_image=2,
+    ),
     model="tiny",
     trainable=r"(?!vision/).*",
     unroll=True,
@@ -29,9 +33,7 @@ config = TrainConfig(
         ),
         weights=(3.0, 1.0),  # a quarter of what it knew, replayed
         eval=(f"{CLIPS}&split=val",),
-        questions_per_image=2,
     ),
-    loss_norm="token",
     # of the published AdamW all but the rate, which was for seven billion parameters
     optim=OptimConfig(
         learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=18, adam_beta2=0.95, weight_decay=0.05

@@ -21,12 +21,12 @@ The published rows (PR1-Datasets-Detection: problem, image, solution in resized 
 Variants (a name of its own keeps each run apart):
 
     --name detection_3b_thinking --data.thinking                              answers after a thinking block
-    --name detection_3b_g16 --grpo.num_generations 16                         G, the paper's 8
-    --name detection_3b_kl0 --grpo.beta 0                                     no KL term, no reference model
-    --name detection_3b_in_order --rollout.reward_matching order              boxes paired as listed: no reward matching
-    --name detection_3b_released --rollout.reward_rules released              the reward as published, its bugs included
-    --name detection_3b_penalty --rollout.detection.penalty                   minus 0.5 x share of missed objects
-    --name detection_3b_no_f1 --rollout.detection.f1 0                        without the count term; .label 0, .iou 0: the others
+    --name detection_3b_g16 --method.num_generations 16                         G, the paper's 8
+    --name detection_3b_kl0 --method.beta 0                                     no KL term, no reference model
+    --name detection_3b_in_order --method.reward_matching order              boxes paired as listed: no reward matching
+    --name detection_3b_released --method.reward_rules released              the reward as published, its bugs included
+    --name detection_3b_penalty --method.detection.penalty                   minus 0.5 x share of missed objects
+    --name detection_3b_no_f1 --method.detection.f1 0                        without the count term; .label 0, .iou 0: the others
     --name detection_3b_sft --method sft --optim.learning_rate 1e-5           SFT only
     --name detection_3b_sft_rl --model runs/detection_3b_sft/export           SFT, then RL
     --batch_size 64 --optim.gradient_accumulation_steps 1                     64 chips (v5e_64): a prompt each
@@ -35,13 +35,19 @@ Answers may have 2,048 tokens. Its curriculum (easy images first, more rollouts 
 repeated. Other hyper-parameters, and where they differ from the published ones: see grounding_2b.py.
 """
 
-from jaxmllm.methods.grpo.options import GRPOOptions
+from jaxmllm.methods import GRPO
 from jaxmllm.tasks import answers
-from jaxmllm.training.config import DataConfig, EvaluationConfig, OptimConfig, RolloutConfig, TrainConfig
+from jaxmllm.training.config import DataConfig, EvaluationConfig, OptimConfig, TrainConfig
 
 config = TrainConfig(
     name="detection_3b",
-    method="grpo",
+    method=GRPO(
+        num_generations=8,
+        max_completion_length=2048,
+        loss_type="grpo",
+        beta=0.04,
+        temperature=1.0,
+    ),
     model="Qwen/Qwen2.5-VL-3B-Instruct",
     batch_size=16,
     max_steps=6_875,  # 110,000 / 16
@@ -58,8 +64,6 @@ config = TrainConfig(
         system=answers.SYSTEM,
     ),
     optim=OptimConfig(learning_rate=1e-6, lr_scheduler_type="linear", gradient_accumulation_steps=2),
-    rollout=RolloutConfig(temperature=1.0),
-    grpo=GRPOOptions(num_generations=8, max_completion_length=2048, loss_type="grpo", beta=0.04),
     evaluation=EvaluationConfig(max_new_tokens=4096, wording="evaluation"),
     save_steps=100,
 )

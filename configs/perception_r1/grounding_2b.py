@@ -11,9 +11,9 @@ Data, under data/ (other places: --data.train, --data.eval):
 Variants (a name of its own keeps each run apart):
 
     --name grounding_2b_thinking --data.thinking                              answers after a thinking block
-    --name grounding_2b_g16 --grpo.num_generations 16                         G, the paper's 8; it swept 2 to 441
-    --name grounding_2b_kl0 --grpo.beta 0                                     no KL term, no reference model
-    --name grounding_2b_released --rollout.reward_rules released              the reward as published, its bugs included
+    --name grounding_2b_g16 --method.num_generations 16                         G, the paper's 8; it swept 2 to 441
+    --name grounding_2b_kl0 --method.beta 0                                     no KL term, no reference model
+    --name grounding_2b_released --method.reward_rules released              the reward as published, its bugs included
     --name grounding_2b_sft --method sft --optim.learning_rate 1e-5           SFT only
     --name grounding_2b_sft_rl --model runs/grounding_2b_sft/export           SFT, then RL
     --batch_size 64 --optim.gradient_accumulation_steps 1                     64 chips (v5e_64): a prompt each
@@ -28,13 +28,19 @@ without the bugs of the published code, unless asked for. With thinking the syst
 not published; the one above is ours.
 """
 
-from jaxmllm.methods.grpo.options import GRPOOptions
+from jaxmllm.methods import GRPO
 from jaxmllm.tasks import answers
-from jaxmllm.training.config import DataConfig, EvaluationConfig, OptimConfig, RolloutConfig, TrainConfig
+from jaxmllm.training.config import DataConfig, EvaluationConfig, OptimConfig, TrainConfig
 
 config = TrainConfig(
     name="grounding_2b",
-    method="grpo",
+    method=GRPO(
+        num_generations=8,
+        max_completion_length=768,
+        loss_type="grpo",
+        beta=0.04,
+        temperature=1.0,
+    ),
     model="Qwen/Qwen2-VL-2B-Instruct",
     batch_size=16,
     max_steps=312,  # 5,000 / 16
@@ -51,8 +57,6 @@ config = TrainConfig(
         system=answers.SYSTEM,
     ),
     optim=OptimConfig(learning_rate=1e-6, lr_scheduler_type="linear", gradient_accumulation_steps=2),
-    rollout=RolloutConfig(temperature=1.0),
-    grpo=GRPOOptions(num_generations=8, max_completion_length=768, loss_type="grpo", beta=0.04),
     evaluation=EvaluationConfig(max_new_tokens=512, repetition_penalty=1.05),
     save_steps=100,
 )

@@ -13,8 +13,8 @@ not published; any pages with their text will do:
 Variants (a name of its own keeps each run apart):
 
     --name ocr_2b_thinking --data.thinking                                    the text after a thinking block
-    --name ocr_2b_g16 --grpo.num_generations 16                               G, the paper's 8
-    --name ocr_2b_kl0 --grpo.beta 0                                           no KL term, no reference model
+    --name ocr_2b_g16 --method.num_generations 16                               G, the paper's 8
+    --name ocr_2b_kl0 --method.beta 0                                           no KL term, no reference model
     --name ocr_2b_sft --method sft --optim.learning_rate 1e-5                 SFT only
     --name ocr_2b_sft_rl --model runs/ocr_2b_sft/export                       SFT, then RL
     --batch_size 64 --optim.gradient_accumulation_steps 1                     64 chips (v5e_64): a prompt each
@@ -22,13 +22,19 @@ Variants (a name of its own keeps each run apart):
 Answers may have 2,048 tokens. Other hyper-parameters, and where they differ from the published ones: see grounding_2b.py.
 """
 
-from jaxmllm.methods.grpo.options import GRPOOptions
+from jaxmllm.methods import GRPO
 from jaxmllm.tasks import ocr
-from jaxmllm.training.config import DataConfig, EvaluationConfig, OptimConfig, RolloutConfig, TrainConfig
+from jaxmllm.training.config import DataConfig, EvaluationConfig, OptimConfig, TrainConfig
 
 config = TrainConfig(
     name="ocr_2b",
-    method="grpo",
+    method=GRPO(
+        num_generations=8,
+        max_completion_length=2048,
+        loss_type="grpo",
+        beta=0.04,
+        temperature=1.0,
+    ),
     model="Qwen/Qwen2-VL-2B-Instruct",
     batch_size=16,
     max_steps=312,  # 5,000 / 16
@@ -45,8 +51,6 @@ config = TrainConfig(
         system=ocr.SYSTEM,
     ),
     optim=OptimConfig(learning_rate=1e-6, lr_scheduler_type="linear", gradient_accumulation_steps=2),
-    rollout=RolloutConfig(temperature=1.0),
-    grpo=GRPOOptions(num_generations=8, max_completion_length=2048, loss_type="grpo", beta=0.04),
     evaluation=EvaluationConfig(max_new_tokens=2048, wording="evaluation"),
     save_steps=100,
 )

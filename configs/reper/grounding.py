@@ -19,15 +19,18 @@ The best and the worst answer of the same dialogues as preferences (DPO):
 
 The ranking of all of them (LiPO):
 
-    ./launch/local.sh jaxmllm train configs/reper/grounding.py --method dpo --name reper_lipo --dpo.loss_type lipo \\
+    ./launch/local.sh jaxmllm train configs/reper/grounding.py --method dpo --name reper_lipo --method.loss_type lipo \\
         --data.train "preference:runs/reflection/dialogues.jsonl?answers=all" --optim.learning-rate 2e-5
 """
 
-from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig, UnlikelihoodConfig
+from jaxmllm.methods import Unlikelihood
+from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 config = TrainConfig(
     name="reper_grounding",
-    method="unlikelihood",
+    method=Unlikelihood(
+        alpha=1.0,  # 10 was tuned for 13 billion parameters and one pass at 1e-6
+    ),
     model="tiny",
     trainable=r"(?!vision/).*",  # the decoder alone, as published
     unroll=True,
@@ -37,6 +40,5 @@ config = TrainConfig(
         train=("reflection:runs/reflection/dialogues.jsonl",),
         eval=("world:grounding?size=84x84&objects=2-4&noise=18&split=val",),
     ),
-    unlikelihood=UnlikelihoodConfig(alpha=1.0),  # 10 was tuned for 13 billion parameters and one pass at 1e-6
     optim=OptimConfig(learning_rate=2e-4, lr_scheduler_type="cosine", warmup_steps=10, adam_beta2=0.98),
 )

@@ -3,13 +3,17 @@
 ./launch/local.sh jaxmllm train configs/tiny/grounding.py
 """
 
+from jaxmllm.methods import SFT
 from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 SCENES = "world:grounding?size=84x84&objects=2-4"
 
 config = TrainConfig(
     name="tiny_grounding",
-    method="sft",
+    method=SFT(
+        questions_per_image=6,
+        first_corner_weight=3.0,
+    ),
     model="runs/tiny_vision_2/export",
     trainable=r"(?!vision/).*",
     unroll=True,
@@ -18,8 +22,6 @@ config = TrainConfig(
     data=DataConfig(
         train=(f"{SCENES}&questions=6&length=10000000",),
         eval=(f"{SCENES}&split=val",),
-        questions_per_image=6,
-        first_corner_weight=3.0,
     ),
     optim=OptimConfig(learning_rate=1e-3, warmup_steps=50, weight_decay=0.01, adam_beta2=0.98),
     logging_steps=20,

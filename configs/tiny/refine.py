@@ -25,6 +25,7 @@ the loss of a detection, and questions about one object taught to stop after one
     pages, F1 of words                    .433     .555         .594        .604
 """
 
+from jaxmllm.methods import SFT
 from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 SCENES = "size=84x84&objects=2-4"
@@ -32,7 +33,11 @@ PAGES = "size=84x84&lines=1-2&words=1-1&font_sizes=14-18"
 
 config = TrainConfig(
     name="tiny_names",
-    method="sft",
+    method=SFT(
+        questions_per_image=4,
+        first_corner_weight=3.0,
+        label_weight=4.0,
+    ),
     model="runs/tiny_four_tasks",  # of configs/tiny/tasks.py
     trainable=r"(?!vision/).*",
     unroll=True,
@@ -53,9 +58,6 @@ config = TrainConfig(
             f"world:ocr?{PAGES}&split=val",
             "world:grounding?size=84x84&objects=3-4&depth=1-1&split=val",
         ),
-        questions_per_image=4,
-        first_corner_weight=3.0,
-        label_weight=4.0,
     ),
     optim=OptimConfig(learning_rate=1e-3, warmup_steps=50, weight_decay=0.01, adam_beta2=0.98),
     logging_steps=20,

@@ -5,6 +5,7 @@
 ./launch/local.sh jaxmllm convert runs/tiny_tasks_bfloat16 runs/tiny_four_tasks
 """
 
+from jaxmllm.methods import SFT
 from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 SCENES = "size=84x84&objects=2-4"
@@ -12,7 +13,10 @@ PAGES = "size=84x84&lines=1-2&words=1-1&font_sizes=14-18"
 
 config = TrainConfig(
     name="tiny_tasks",
-    method="sft",
+    method=SFT(
+        questions_per_image=4,
+        first_corner_weight=3.0,
+    ),
     model="runs/tiny_grounding/export",
     trainable=r"(?!vision/).*",
     unroll=True,
@@ -31,8 +35,6 @@ config = TrainConfig(
             f"world:detection?{SCENES}&split=val",
             f"world:ocr?{PAGES}&split=val",
         ),
-        questions_per_image=4,
-        first_corner_weight=3.0,
     ),
     optim=OptimConfig(learning_rate=1e-3, warmup_steps=50, weight_decay=0.01, adam_beta2=0.98),
     logging_steps=20,

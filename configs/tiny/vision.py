@@ -7,6 +7,7 @@
 The second run starts the schedule again: coordinates read exactly go from .66 to .83, words from .42 to .65.
 """
 
+from jaxmllm.methods import VisionWarmup
 from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 SCENES = "world:grounding?size=84x84&objects=2-6&length=10000000"
@@ -14,7 +15,7 @@ PAGES = "world:ocr?size=84x84&lines=1-2&words=1-1&font_sizes=14-18&length=100000
 
 config = TrainConfig(
     name="tiny_vision",
-    method="vision_warmup",
+    method=VisionWarmup(),
     model="tiny",
     from_scratch=True,
     trainable=r"vision/.*|embed|warmup/.*",

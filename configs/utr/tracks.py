@@ -12,20 +12,22 @@ The embedded model has seen no clips, so a short run makes the scorer; a larger 
     ./launch/local.sh jaxmllm train configs/utr/tracks.py
 """
 
+from jaxmllm.methods import SFT
 from jaxmllm.training.config import DataConfig, EvaluationConfig, OptimConfig, TrainConfig
 
 CLIPS = "world:tracks?size=84x84&objects=1-3&frames=4"
 
 config = TrainConfig(
     name="utr_tracks",
-    method="sft",
+    method=SFT(
+        loss_norm="sample",  # long trajectories do not dominate
+    ),
     model="tiny",
     trainable=r"(?!vision/).*",
     unroll=True,
     batch_size=16,
     max_steps=600,
     data=DataConfig(train=(CLIPS,), eval=(f"{CLIPS}&split=val",)),
-    loss_norm="sample",  # long trajectories do not dominate
     optim=OptimConfig(learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=20, adam_beta2=0.98),
     evaluation=EvaluationConfig(max_new_tokens=192),
     logging_steps=10,

@@ -4,6 +4,7 @@ Axes: `replica` copies parameters (slow links between slices or nodes), `fsdp` s
 splits heads, MLP width and vocabulary. Optimiser state and gradients follow their parameter.
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -34,9 +35,17 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|merger_fc1)/kernel", P("fsdp", "tensor")),
     (r".*/(o_proj|down_proj|proj|fc2|merger_fc2)/kernel", P("tensor", "fsdp")),
     (r".*/patch_embed/kernel", P(None, "fsdp")),
-    (r"warmup/.*", P()),  # throw-away heads of the vision warm-up
     (r".*/(scale|bias)", P()),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Axes of the device mesh; -1 takes the devices that are left. See configs/meshes."""
+
+    replica: int = 1
+    fsdp: int = -1
+    tensor: int = 1
 
 
 def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:

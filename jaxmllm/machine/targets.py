@@ -18,15 +18,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 from jax.sharding import AxisType, Mesh
 
 from jaxmllm.config import ModelConfig
 from jaxmllm.errors import InputError
-from jaxmllm.machine.mesh import AXES
-from jaxmllm.training.config import MeshConfig, TrainConfig
+from jaxmllm.machine.mesh import AXES, MeshConfig
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "meshes"
+CONFIGS = Path(__file__).parents[2] / "configs" / "meshes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,28 +189,6 @@ def same_devices(mesh: Mesh, axes: MeshConfig, where: str = "sample_mesh") -> Me
     sizes = check_layout(axes, mesh.devices.size, where)
     shape = tuple(sizes[axis] for axis in AXES)
     return Mesh(mesh.devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def on_mesh(config: TrainConfig, name: str | Path) -> TrainConfig:
-    """The config with both layouts of a mesh in place of its own, for the devices that are here.
-
-    Raises InputError when there are others than the mesh's, or its layouts do not suit the model or the batch.
-    """
-    target = load_mesh(name)
-    devices = jax.device_count()
-    if target.topology and devices != target.devices:
-        raise InputError(
-            f"mesh {name}: it is made of {target.devices} x {target.chip.name}, here are {devices} "
-            f"{jax.devices()[0].device_kind}; choose another mesh, or leave --mesh out to use all devices that are here"
-        )
-    from jaxmllm.plan.programs import architecture
-
-    cfg = architecture(config.model)
-    train, sample = target.layouts(cfg)
-    rows = config.batch_size // config.optim.gradient_accumulation_steps // config.rollout.steps_per_generation
-    check_layout(train, devices, f"mesh {name}: train", model=cfg, rows=rows)
-    check_layout(sample, devices, f"mesh {name}: sample", model=cfg, rows=config.batch_size)
-    return dataclasses.replace(config, mesh=train, sample_mesh=sample)
 
 
 def _heads(model: ModelConfig | None) -> Mapping[str, int]:

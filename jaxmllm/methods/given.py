@@ -1,99 +1,125 @@
-"""Steps on given answers: cross-entropy, reflective unlikelihood, DPO; answers about an image share its prefix."""
+"""What methods that learn from given answers share: batches, their `Work`, the checks, the program of an update."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
-from jaxmllm.data.dialogues import MAX_TURNS
 from jaxmllm.data.examples import Weigh
-from jaxmllm.data.pipeline import Batch
+from jaxmllm.data.pipeline import Batch, Batches, sft_batches
+from jaxmllm.data.sources import RecordSource
+from jaxmllm.machine import processes
 from jaxmllm.machine.mesh import shard_batch
-from jaxmllm.methods.optim import reference_params
-from jaxmllm.methods.update import dpo_step, score_jit, sft_step, unlikelihood_step
+from jaxmllm.methods import shapes
+from jaxmllm.methods.method import Clock, Context, Facts, Layout, Own, Params, Report, Work
+from jaxmllm.methods.shapes import Sizes, Traced
 from jaxmllm.model.logprobs import Sampling
-from jaxmllm.rollout.reflect import dialogue_sigma
-from jaxmllm.training.config import TrainConfig
-from jaxmllm.training.run import Run
-
-# of a gold answer in JSON or in Qwen2-VL's tokens: x1 and y1 of each box; the words of each label
-FIRST_CORNER = re.compile(r"(?:\[|<\|box_start\|>\()(\d+)\D+?(\d+)")
-LABEL = re.compile(r'"label": "([^"]*)|<\|object_ref_start\|>([^<]*)')
+from jaxmllm.rollout.scorer import score, score_jit
+from jaxmllm.types import Completions, Prompts, TrainState
 
 
-def weigh_parts(tokenizer: Any, corner: float, label: float) -> Weigh | None:
-    """Weights of an answer's tokens: `corner` where a box begins, which decides what object is meant, `label` where it is
-    named, 1 elsewhere. None where both are 1.
-    """
-    if corner == label == 1:
-        return None
-    pieces = [tokenizer.decode([i]) for i in range(len(tokenizer))]
-
-    def weigh(record: dict[str, Any], tokens: Sequence[int]) -> list[float]:
-        written = [pieces[token] for token in tokens]
-        text, ends = "".join(written), np.cumsum([len(piece) for piece in written])
-        weights = np.ones(len(tokens))
-        for pattern, weight in ((FIRST_CORNER, corner), (LABEL, label)):
-            for start, end in (span for match in pattern.finditer(text) for span in match.regs[1:] if span[0] >= 0):
-                first, last = np.searchsorted(ends, (start, end - 1), side="right")
-                weights[first : last + 1] = weight
-        return weights.tolist()
-
-    return weigh
-
-
-def answer_sigmas(rows: Sequence[Sequence[Mapping[str, Any]]]) -> Float[np.ndarray, "B 1 R"]:
-    """Normalised rewards of the answers of each row's dialogue; 1 where it has fewer than R = MAX_TURNS."""
-    sigmas = np.ones((len(rows), 1, MAX_TURNS), np.float32)
-    for row, (dialogue,) in enumerate(rows):
-        sigmas[row, 0, : len(dialogue["turns"])] = dialogue_sigma(dialogue)
-    return sigmas
+def answer_batches(
+    context: Context,
+    questions: int = 1,
+    weigh: Weigh | None = None,
+    source: RecordSource | None = None,
+    **options: Any,
+) -> Batches:
+    """Batches of given answers, `questions` a prompt; of the training mixture unless another source is given."""
+    return sft_batches(
+        context.mixture if source is None else source,
+        context.model.processor,
+        context.batch_size,
+        context.model.buckets,
+        context.seed,
+        asking=context.asking,
+        questions=questions,
+        weigh=weigh,
+        **{**context.reading, **options},
+    )
 
 
-def answer_rewards(rows: Sequence[Sequence[Mapping[str, Any]]], answers: int) -> Float[np.ndarray, "B G"]:
-    """Reward of each ranked answer; 0 where a prompt has fewer."""
-    rewards = np.zeros((len(rows), answers), np.float32)
-    for row, ranked in enumerate(rows):
-        rewards[row, : len(ranked)] = [record["reward"] for record in ranked]
-    return rewards
+class AnswerWork(Work):
+    """A method that makes one update on each batch of given answers."""
+
+    def __init__(self, context: Context, batches: Batches, questions: int):
+        self.context, self.batches, self.questions = context, batches, questions
+
+    def update(self, state: TrainState, prompts: Prompts, completions: Completions, batch: Batch) -> tuple[Any, dict]:
+        """(new state, metrics) of one update on arrays on the mesh."""
+        raise NotImplementedError
+
+    def step(self, state: TrainState, own: Own, stop: Callable[[], bool]) -> tuple[TrainState, Own, Report | None]:
+        clock = Clock()
+        with clock("data"):
+            batch = next(self.batches)
+        with clock("update"):
+            prompts, completions = shard_batch((batch.prompts, batch.completions), self.context.mesh)
+            state, metrics = self.update(state, prompts, completions, batch)
+            jax.block_until_ready(state.step)
+        seen = {"prompts": batch.prompts, "completions": batch.completions}
+        return state, own, Report(metrics | clock.metrics(), arrays=lambda: seen)
+
+    def figures(self, state: TrainState, batch: Batch, logps: np.ndarray) -> dict[str, tuple[float, float]]:
+        """(sum, count) of each held-out figure on one batch: by default the loss of the answers' tokens.
+
+        `logps` [B, G, T] are those of the batch's completions.
+        """
+        assert batch.completions is not None
+        weights = np.asarray(batch.completions.weights)
+        return {"loss": (-float((logps * weights).sum()), float(weights.sum()))}
+
+    def validate(self, state: TrainState, sources: Mapping[str, RecordSource], limit: int) -> dict[str, float]:
+        """`loss` (nats a token) and `perplexity` of the held-out gold answers, and what else `figures` gives."""
+        found: dict[str, float] = {}
+        for name, source in sources.items():
+            found |= {f"{name}/{figure}": value for figure, value in self._held_out(state, source, limit).items()}
+        return found
+
+    def score(self, params: Params, batch: Batch) -> np.ndarray:
+        """Log-probabilities [B, G, T] of the batch's completions, of this process's rows."""
+        arrays = shard_batch((batch.prompts, batch.completions), self.context.mesh)
+        logps, _ = score_jit(params, self.context.cfg, *arrays, Sampling())
+        return processes.local_rows(logps)
+
+    def _held_out(self, state: TrainState, source: RecordSource, limit: int) -> dict[str, float]:
+        sums: dict[str, np.ndarray] = {}
+        records = 0
+        with answer_batches(self.context, self.questions, source=source, shuffle=False) as batches:
+            for batch in batches:
+                logps = self.score(state.params, batch)
+                for figure, pair in self.figures(state, batch, logps).items():
+                    sums[figure] = sums.get(figure, np.zeros(2)) + pair
+                records += len(batch.records)
+                if records >= limit:
+                    break
+        means = {figure: float(top / max(bottom, 1e-9)) for figure, (top, bottom) in sums.items()}
+        return means | ({"perplexity": float(np.exp(min(means["loss"], 700.0)))} if "loss" in means else {})
 
 
-class Supervised:
-    """Callable `(run, batch) -> metrics` that replaces `run.state`."""
+def sources_problems(facts: Facts, kind: str, method: str) -> list[str]:
+    """A line where a source is not of the kind that the method learns from."""
+    if all(spec.startswith(f"{kind}:") for spec in facts.sources):
+        return []
+    return [f"data.train = {facts.sources}: method {method} learns from {kind}: sources"]
 
-    def __init__(self, config: TrainConfig):
-        self.config = config
 
-    def __call__(self, run: Run, batch: Batch) -> dict[str, Any]:
-        config = self.config
-        prompts, completions = shard_batch((batch.prompts, batch.completions), run.mesh)
-        if config.method == "unlikelihood":
-            sigmas = shard_batch(answer_sigmas(batch.records), run.mesh)
-            spared = () if config.unlikelihood.penalise_end else run.model.stop_ids
-            run.state, metrics = unlikelihood_step(
-                run.state, prompts, completions, sigmas, update=run.update, options=config.unlikelihood, spared=spared
-            )
-        elif config.method == "dpo":
-            rewards = answer_rewards(batch.records, config.dpo.answers)
-            reference = reference_params(run.state, config.trainable)
-            ref_logps, _ = score_jit(reference, run.model.cfg, prompts, completions, Sampling())
-            run.state, metrics = dpo_step(
-                run.state, prompts, completions, shard_batch(rewards, run.mesh), ref_logps,
-                update=run.update, options=config.dpo,
-            )  # fmt: skip
-        else:
-            run.state, metrics = sft_step(
-                run.state, prompts, completions, update=run.update, loss_norm=config.loss_norm
-            )
-        return metrics
+def arguments(sizes: Sizes, layout: Layout) -> tuple[Prompts, Completions]:
+    """Shapes of a batch of given answers."""
+    return shapes.prompts(sizes, layout.cfg, layout.mesh), shapes.completions(sizes, layout.mesh)
 
-    def get_state(self) -> dict[str, float]:
-        return {}
 
-    def set_state(self, state: dict[str, float]) -> None:
-        pass
+def forward(state: TrainState, layout: Layout, prompts: Prompts, completions: Completions) -> Traced:
+    """One pass over the answers."""
 
-    def close(self) -> None:
-        pass
+    def scored(params: Any, prompts: Prompts, completions: Completions) -> Any:
+        return score(params, layout.cfg, prompts, completions, Sampling())
+
+    return Traced(scored, (state.params, prompts, completions))
+
+
+def per_row(sizes: Sizes, layout: Layout, *tail: int) -> Any:
+    """float32 [B, G, *tail] beside a batch."""
+    return shapes.put(jax.ShapeDtypeStruct((sizes.prompts, sizes.generations, *tail), jnp.float32), layout.mesh)

@@ -4,8 +4,9 @@ Frozen parameters are outside the differentiated tree: they cost neither gradien
 is not differentiated at all.
 """
 
+import dataclasses
 import re
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,26 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxmllm.errors import InputError
-from jaxmllm.machine.mesh import mesh_of, param_shardings, tree_paths
-from jaxmllm.training.config import OptimConfig
+from jaxmllm.machine.mesh import RULES, mesh_of, param_shardings, tree_paths
 from jaxmllm.types import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW; names are transformers' TrainingArguments."""
+
+    learning_rate: float = 1e-6
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0  # matrices only
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0  # global norm; 0 turns clipping off
+    gradient_accumulation_steps: int = 1  # microbatches an update, of whole groups
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment
+    max_nonfinite_steps: int = 5  # NaN or Inf steps are skipped; so many in a row stop the run
+
 
 CONSTANTS = r"lora/.*/scale"  # part of an adapter, never trained
 
@@ -52,10 +70,10 @@ def split(params: dict, trainable: str) -> tuple[dict, dict]:
     return train, frozen
 
 
-def state_shardings(train: dict, opt_state: Any, mesh: Mesh | AbstractMesh) -> tuple[Any, Any]:
+def state_shardings(train: dict, opt_state: Any, mesh: Mesh | AbstractMesh, rules: Any = RULES) -> tuple[Any, Any]:
     """Where trainable parameters and the optimiser's state lie (arrays or shapes): each moment with its parameter."""
     structure: Any = jax.tree.structure(train)
-    by_rule, whole = param_shardings(train, mesh), NamedSharding(mesh, PartitionSpec())
+    by_rule, whole = param_shardings(train, mesh, rules), NamedSharding(mesh, PartitionSpec())
 
     def is_params(node: Any) -> bool:
         return jax.tree.structure(node) == structure
@@ -66,7 +84,7 @@ def state_shardings(train: dict, opt_state: Any, mesh: Mesh | AbstractMesh) -> t
     return by_rule, jax.tree.map(place, opt_state, is_leaf=is_params)
 
 
-def kept_layout(train: dict, opt_state: Any) -> tuple[dict, Any]:
+def kept_layout(train: dict, opt_state: Any, rules: Any = RULES) -> tuple[dict, Any]:
     """Inside a program: both where `state_shardings` says, on the mesh they lie on.
 
     Left alone, the compiler may split a bias as the product before it, and the next update would be another program.
@@ -74,7 +92,7 @@ def kept_layout(train: dict, opt_state: Any) -> tuple[dict, Any]:
     mesh = mesh_of(jax.tree.leaves(train)[0])
     if mesh is None:
         return train, opt_state
-    return jax.lax.with_sharding_constraint((train, opt_state), state_shardings(train, opt_state, mesh))
+    return jax.lax.with_sharding_constraint((train, opt_state), state_shardings(train, opt_state, mesh, rules))
 
 
 def join(a: dict, b: dict) -> dict:

@@ -14,11 +14,26 @@ supervised, and whatever stands elsewhere (NaN, infinity, target -100) never rea
 `turn_id` above T has no sigma and makes the token-level loss NaN.
 """
 
+import dataclasses
+import functools
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from jaxmllm.data.dialogues import MAX_TURNS
+from jaxmllm.data.pipeline import Batch
+from jaxmllm.machine.mesh import shard_batch
+from jaxmllm.methods import given
 from jaxmllm.methods.masked import accumulator_dtype, masked_count, masked_mean, masked_sum, zero_masked
+from jaxmllm.methods.method import Context, Facts, Layout, Method
+from jaxmllm.methods.shapes import Program, Sizes, Traced, trained_products
+from jaxmllm.methods.update import Metrics, Update, update_on_answers
+from jaxmllm.rollout.reflect import SOURCES
+from jaxmllm.types import Completions, Prompts, TrainState
 
 REDUCTIONS = ("dialogue", "token", "turn_mean", "sum")
 LEVELS = ("token", "seq", "seq_geo")
@@ -234,3 +249,121 @@ def turn_probabilities(logps: Float[Array, "*B S"], turn_id: Int[Array, "*B S"],
     in_turn = turn_id[..., None] == jnp.arange(1, num_turns + 1)
     p = jnp.exp(zero_masked(logps, turn_id > 0))
     return masked_mean(p[..., None], in_turn, axis=tuple(range(turn_id.ndim)))
+
+
+def dialogue_sigma(
+    dialogue: Mapping[str, Any], mode: str | None = None, r_max: float | None = None
+) -> Float[np.ndarray, "T"]:
+    """sigma of each answer for `reflective_unlikelihood`, by the rule of the dialogue's source.
+
+    `mode` and `r_max` (see `normalize_rewards`) replace that rule's, for example `source_max` with the largest reward
+    of a rule-scored data set. Look at the histogram before training: answers below sigma 0.91 are mostly pushed down.
+    """
+    rules = SOURCES[dialogue["source"]]
+    rewards = jnp.asarray([turn["reward"] for turn in dialogue["turns"]], jnp.float32)
+    largest = rules.r_max if r_max is None else r_max
+    return np.asarray(normalize_rewards(rewards, rules.normalisation if mode is None else mode, largest))
+
+
+def answer_sigmas(rows: Sequence[Sequence[Mapping[str, Any]]]) -> Float[np.ndarray, "B 1 R"]:
+    """Normalised rewards of the answers of each row's dialogue; 1 where it has fewer than R = MAX_TURNS."""
+    sigmas = np.ones((len(rows), 1, MAX_TURNS), np.float32)
+    for row, (dialogue,) in enumerate(rows):
+        sigmas[row, 0, : len(dialogue["turns"])] = dialogue_sigma(dialogue)
+    return sigmas
+
+
+@dataclasses.dataclass(frozen=True)
+class UnlikelihoodLoss:
+    """The part of the options that decides the program."""
+
+    alpha: float = 10.0
+    """Weight of log(1 - p); 0 leaves reward-weighted likelihood."""
+    reduction: Literal["dialogue", "token", "turn_mean", "sum"] = "dialogue"
+    """What is averaged, see `reflective_unlikelihood`."""
+    level: Literal["token", "seq", "seq_geo"] = "token"
+    """A term a token, or one an answer."""
+
+
+@functools.partial(jax.jit, static_argnames=("update", "options", "spared"), donate_argnames="state")
+def unlikelihood_step(
+    state: TrainState,
+    prompts: Prompts,
+    completions: Completions,
+    sigma: Float[Array, "B G R"],
+    *,
+    update: Update,
+    options: UnlikelihoodLoss,
+    spared: tuple[int, ...] = (),
+) -> tuple[TrainState, Metrics]:
+    """One reflective-unlikelihood update on dialogues of up to R answers (sheet reper.md 4.2).
+
+    Args:
+        sigma: normalised reward of each answer, 0..1; anything where a dialogue has fewer.
+        spared: tokens that are never pushed down (the end of turn, gap G4).
+
+    Metrics besides those of SFT: `probability/answer_1` .., the mean probability of the tokens of each answer.
+    """
+
+    def sums(logps, completions, sigma):
+        turns = answer_turns(completions.weights)
+        mask = exempt_tokens(completions.tokens, *spared) if spared else None
+        chosen = {"alpha": options.alpha, "reduction": options.reduction, "level": options.level}
+        return reflective_unlikelihood_sums(logps, turns, sigma, ul_mask=mask, **chosen)
+
+    _, total = sums(jnp.zeros_like(completions.weights), completions, sigma)
+    answers = sigma.shape[-1]
+
+    def numerator(logps, micro):
+        turns = answer_turns(micro[1].weights)
+        tokens = jnp.stack([jnp.sum(turns == k) for k in range(1, answers + 1)]).astype(jnp.float32)
+        mean = turn_probabilities(jax.lax.stop_gradient(logps), turns, answers)
+        return sums(logps, *micro[1:])[0], {"probability": mean * tokens, "tokens": tokens}
+
+    state, metrics = update_on_answers(state, (prompts, completions, sigma), update, jnp.maximum(total, 1), numerator)
+    means = metrics.pop("probability") / jnp.maximum(metrics.pop("tokens"), 1)
+    return state, metrics | {f"probability/answer_{k + 1}": means[k] for k in range(answers)}
+
+
+class UnlikelihoodWork(given.AnswerWork):
+    def __init__(self, method: "Unlikelihood", context: Context):
+        super().__init__(context, given.answer_batches(context), questions=1)
+        self.options = method.loss
+        self.spared = () if method.penalise_end else context.model.stop_ids
+
+    def update(self, state: TrainState, prompts: Prompts, completions: Completions, batch: Batch) -> tuple[Any, dict]:
+        sigmas = shard_batch(answer_sigmas(batch.records), self.context.mesh)
+        return unlikelihood_step(
+            state, prompts, completions, sigmas, update=self.context.update, options=self.options, spared=self.spared
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Unlikelihood(Method, UnlikelihoodLoss):
+    """Reflective unlikelihood of dialogues (RePer)."""
+
+    penalise_end: bool = False  # push down the end-of-turn token of bad answers too, as published: they then run on
+
+    @property
+    def loss(self) -> UnlikelihoodLoss:
+        return UnlikelihoodLoss(self.alpha, self.reduction, self.level)
+
+    def problems(self, facts: Facts) -> list[str]:
+        found = given.sources_problems(facts, "reflection", self.name)
+        if not 0 <= self.alpha < float("inf"):
+            found.append(f"method.alpha = {self.alpha}: must be a finite number of at least 0")
+        return found
+
+    def work(self, context: Context) -> UnlikelihoodWork:
+        return UnlikelihoodWork(self, context)
+
+    def programs(self, sizes: Sizes, state: TrainState, layout: Layout) -> Generator[Program, Any, None]:
+        prompts, completions = given.arguments(sizes, layout)
+        batch = (prompts, completions, given.per_row(sizes, layout, MAX_TURNS))
+        options: dict[str, Any] = dict(update=layout.update, options=self.loss)
+        yield Program(
+            "update",
+            lambda: unlikelihood_step.lower(state, *batch, **options),
+            Traced(lambda state, *x: unlikelihood_step(state, *x, **options), (state, *batch)),
+            trained_products(given.forward(state, layout, prompts, completions), layout.lora),
+        )

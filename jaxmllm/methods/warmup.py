@@ -7,24 +7,29 @@ of its number after a linear map of its own, which is thrown away. So numbers ge
 decoder has only to find those maps again.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxmllm.config import ModelConfig
 from jaxmllm.data.images import PixelConfig, image_frames
+from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
 from jaxmllm.machine.mesh import shard_batch
 from jaxmllm.methods.box_targets import BoxTargets
+from jaxmllm.methods.method import Clock, Context, Method, Own, Params, Report, Rules, Work
 from jaxmllm.methods.update import Update, apply_gradients
 from jaxmllm.model import qwen_vl
-from jaxmllm.training.run import Run
 from jaxmllm.types import TrainState, Vision
 from jaxmllm.world.source import WorldSource
 
@@ -144,40 +149,58 @@ def warmup_step(
     return state, {"loss": loss} | {name: value.mean() for name, value in metrics.items()}
 
 
-class Warmup:
-    """Callable `(run, batch) -> metrics` that replaces `run.state`."""
+class WarmupWork(Work):
+    def __init__(self, context: Context):
+        pixels = context.model.processor.pixel_config
+        opened = [open_source(spec) for spec in context.specs]
+        # photographs: detection records made to tell what each cell of a picture shows
+        sources = [s if hasattr(s, "grid_targets") else BoxTargets(s, pixels) for s in opened]
+        threads = context.reading["threads"]
+        self.batches, token_index = warmup_batches(sources, pixels, context.batch_size, context.seed, threads)
+        self.context, self.token_index = context, jnp.asarray(token_index)
+        self.number_ids, self.word_ids = target_tokens(sources, context.model.tokenizer)
 
-    def __init__(self, sources: Sequence[Targets], tokenizer: Any, token_index: np.ndarray):
-        self.token_index = jnp.asarray(token_index)
-        shown: list[Any] = [getattr(source, "spec", source) for source in sources]
-        largest = max(max(one.size) for one in shown)
-        pieces = [tokenizer.encode(str(n), add_special_tokens=False) for n in range(largest + 1)]
-        if any(len(piece) != 1 for piece in pieces):
-            raise InputError(f"vision_warmup: the tokenizer must write each of 0..{largest} as one token")
-        self.number_ids = tuple(piece[0] for piece in pieces)
-        # the piece a word has inside a question, where a blank precedes it
-        self.word_ids = tuple(
-            (name, tuple(tokenizer.encode(f"the {word}", add_special_tokens=False)[-1] for word in words))
-            for name, words in word_fields(sources).items()
-        )
+    def step(self, state: TrainState, own: Own, stop: Callable[[], bool]) -> tuple[TrainState, Own, Report | None]:
+        clock, update = Clock(), self.context.update
+        with clock("data"):
+            batch = next(self.batches)
+        with clock("update"):
+            on_mesh = shard_batch(batch, self.context.mesh)
+            ids = dict(word_ids=self.word_ids, number_ids=self.number_ids)
+            state, metrics = warmup_step(state, on_mesh, self.token_index, update=update, **ids)
+            jax.block_until_ready(state.step)
+        return state, own, Report(metrics | clock.metrics(), arrays=lambda: {"prompts": batch})
 
-    def __call__(self, run: Run, batch: WarmupBatch) -> dict[str, Any]:
-        batch = shard_batch(batch, run.mesh)
-        run.state, metrics = warmup_step(
-            run.state,
-            batch,
-            self.token_index,
-            update=run.update,
-            word_ids=self.word_ids,
-            number_ids=self.number_ids,
-        )
-        return metrics
 
-    def get_state(self) -> dict[str, float]:
-        return {}
+def target_tokens(
+    sources: Sequence[Targets], tokenizer: Any
+) -> tuple[tuple[int, ...], tuple[tuple[str, tuple[int, ...]], ...]]:
+    """(tokens of 0, 1, .. up to the largest coordinate; for each field the token of each of its words)."""
+    shown: list[Any] = [getattr(source, "spec", source) for source in sources]
+    largest = max(max(spec.size) for spec in shown)
+    pieces = [tokenizer.encode(str(n), add_special_tokens=False) for n in range(largest + 1)]
+    if any(len(piece) != 1 for piece in pieces):
+        raise InputError(f"vision_warmup: the tokenizer must write each of 0..{largest} as one token")
+    # the piece a word has inside a question, where a blank precedes it
+    words = tuple(
+        (name, tuple(tokenizer.encode(f"the {word}", add_special_tokens=False)[-1] for word in words))
+        for name, words in word_fields(sources).items()
+    )
+    return tuple(piece[0] for piece in pieces), words
 
-    def set_state(self, state: dict[str, float]) -> None:
-        pass
 
-    def close(self) -> None:
-        pass
+@dataclasses.dataclass(frozen=True)
+class VisionWarmup(Method):
+    """The tower learns what each of its tokens shows. Its heads are thrown away; there is no plan, it trains small towers."""
+
+    rules: ClassVar[Rules] = ((f"{HEADS}/.*", PartitionSpec()),)
+    keys: ClassVar[tuple[str, ...]] = (HEADS,)
+
+    def grow(self, key: jax.Array, params: Params, cfg: ModelConfig) -> Params:
+        return params | {HEADS: init_heads(key, cfg.vision.out_hidden_size)}
+
+    def work(self, context: Context) -> WarmupWork:
+        return WarmupWork(context)
+
+    def export(self, params: Params, folder: Path, context: Context) -> None:
+        """Nothing: the heads are thrown away."""

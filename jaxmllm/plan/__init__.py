@@ -5,6 +5,7 @@ compiler's buffers, products, memory traffic and messages from the program's tex
 the chip's peak rates. The seconds are a bound: every resource at its peak, everything overlapped.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -18,8 +19,10 @@ from jaxmllm.config import ModelConfig
 from jaxmllm.errors import InputError
 from jaxmllm.machine.mesh import make_mesh
 from jaxmllm.machine.targets import MeshTarget, check_layout, same_devices
+from jaxmllm.methods.shapes import Program, Sizes, Traced
 from jaxmllm.plan import hlo
-from jaxmllm.plan.programs import Phase, Programs, Sizes, architecture, sizes_of
+from jaxmllm.plan.flops import count
+from jaxmllm.plan.programs import Planned, architecture, programs_of, sizes_of
 from jaxmllm.plan.roofline import Links, Times, links_of
 from jaxmllm.training.config import MeshConfig, Remat, TrainConfig
 
@@ -90,7 +93,7 @@ def meshes_for(target: MeshTarget, cfg: ModelConfig, config: TrainConfig) -> tup
     """(training mesh, sampling mesh, their axes) of devices that may not be here. InputError where they do not suit."""
     devices = target.compile_devices() if target.topology else jax.devices()
     train, sample = target.layouts(cfg)
-    rows = config.batch_size // config.optim.gradient_accumulation_steps // config.rollout.steps_per_generation
+    rows = config.batch_size // config.optim.gradient_accumulation_steps // config.method.cuts()
     check_layout(train, len(devices), "training", model=cfg, rows=rows)
     check_layout(sample, len(devices), "sampling", model=cfg, rows=config.batch_size)
     mesh = make_mesh(**dataclasses.asdict(train), devices=devices)
@@ -121,37 +124,36 @@ def plan(
     cfg = architecture(config.model) if cfg is None else cfg
     sizes = longest(config, cfg, vision_tokens, prompt_tokens)
     mesh, sampling, train, sample = meshes_for(target, cfg, config)
-    programs = Programs(config, cfg, sizes, mesh, sampling)
+    planned = programs_of(config, cfg, sizes, mesh, sampling)
     links = links_of(target.chip, target.topology, list(mesh.devices.flat))
     memory = {
-        "parameters": local_bytes(programs.state.params),
-        "optimiser": local_bytes(programs.state.opt_state),
-        "reference": local_bytes(programs.state.reference),
+        "parameters": local_bytes(planned.state.params),
+        "optimiser": local_bytes(planned.state.opt_state),
+        "reference": local_bytes(planned.state.reference),
     }
-    found = []
-    for phase in programs.phases():
-        if only and phase.name not in only:
-            continue
-        began = time.perf_counter()
-        compiled, refused = _compile(phase, target)
-        taken = time.perf_counter() - began
-        if compiled is not None and phase.name == "prefill":
-            programs.opened_shardings = compiled.output_shardings
-        if compiled is not None and phase.name == "decode":
-            memory["cache"] = local_bytes(programs.opened().cache)
-        found.append(_phase_plan(phase, compiled, refused, memory, target, mesh, links, taken, programs))
-        done(phase.name, taken)
-        if refused and phase.name == "prefill":
-            break  # nothing to decode from
-    if programs.copied:
-        memory["sampler's copy"] = local_bytes(programs.target)
+    phases, compiled = [], None
+    with contextlib.suppress(StopIteration):
+        program = next(planned.programs)
+        while True:
+            compiled, refused = None, ""
+            if not only or program.name in only:
+                began = time.perf_counter()
+                compiled, refused = _compile(program, target)
+                taken = time.perf_counter() - began
+                if compiled is not None:
+                    memory |= {name: local_bytes(tree) for name, tree in program.leaves().items()}
+                phases.append(_phase_plan(program, compiled, refused, memory, target, mesh, links, taken, planned))
+                done(program.name, taken)
+            if refused and program.name == "prefill":
+                break  # nothing to decode from
+            program = planned.programs.send(compiled)
     capacity = target.chip.hbm_gib * GIB
-    advice = advise(found, memory, capacity, config, train, sample)
-    micro = config.batch_size // config.optim.gradient_accumulation_steps // config.rollout.steps_per_generation
-    total = sum(x.size for x in jax.tree.leaves(programs.state.params))
+    advice = advise(phases, memory, capacity, config, train, sample)
+    micro = config.batch_size // config.optim.gradient_accumulation_steps // config.method.cuts()
+    total = sum(x.size for x in jax.tree.leaves(planned.state.params))
     return Plan(
         config.model, total, mesh_name, mesh.devices.size, target.chip.name, capacity, train, sample, sizes, micro,
-        config.remat, memory, found, advice,
+        config.remat, memory, phases, advice,
     )  # fmt: skip
 
 
@@ -168,7 +170,7 @@ def longest(config: TrainConfig, cfg: ModelConfig, vision_tokens: int | None, pr
 READABLE = {"xla_tpu_offload_gather_to_sparsecore": "false"}
 
 
-def _compile(phase: Phase, target: MeshTarget) -> tuple[Any, str]:
+def _compile(phase: Program, target: MeshTarget) -> tuple[Any, str]:
     """(compiled program, "") or (None, the compiler's message) when the program alone is too large for the chip."""
     try:
         return phase.lower().compile(compiler_options=READABLE if target.chip.platform == "tpu" else None), ""
@@ -180,7 +182,7 @@ def _compile(phase: Phase, target: MeshTarget) -> tuple[Any, str]:
 
 
 def _phase_plan(
-    phase: Phase,
+    phase: Program,
     compiled: Any,
     refused: str,
     memory: dict[str, float],
@@ -188,17 +190,18 @@ def _phase_plan(
     mesh: Any,
     links: Links,
     taken: float,
-    programs: Programs,
+    planned: Planned,
 ) -> PhasePlan:
     n, chip = mesh.devices.size, target.chip
-    useful, traced = phase.useful / n, phase.flops / n
+    traced = _flops(phase.executes, planned, phase.steps) / n
+    useful = traced if phase.needs is None else _flops(phase.needs, planned, phase.steps) / n
     beside = sum(memory[name] for name in phase.beside)
     if compiled is None:
         nan = float("nan")
         return PhasePlan(
             phase.name, phase.runs, nan, useful, traced, nan, {}, nan, "", {}, nan, nan, _needed(refused) + beside, taken, refused
         )  # fmt: skip
-    read = hlo.Program(compiled.as_text(), steps=phase.steps, chosen=programs.full_share)
+    read = hlo.Program(compiled.as_text(), steps=phase.steps, chosen=planned.full_share)
     cost, stats = read.cost, compiled.memory_analysis()
     if read.unknown_loops > (phase.steps > 1):
         raise RuntimeError(f"{phase.name}: {read.unknown_loops} loops of unknown length in the compiled program")
@@ -217,6 +220,13 @@ def _phase_plan(
         {"products": times.products, "memory": times.memory, "messages": times.messages}, mfu,
         float(stats.temp_size_in_bytes), own + stats.temp_size_in_bytes + beside, taken,
     )  # fmt: skip
+
+
+def _flops(traced: Traced | None, planned: Planned, steps: int) -> float:
+    """Of all devices together."""
+    if traced is None:
+        return 0.0
+    return traced.times * count(traced.function, *traced.arguments, steps=steps, chosen=planned.full_share)
 
 
 def _needed(refused: str) -> float:

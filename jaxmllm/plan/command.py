@@ -74,6 +74,6 @@ def _fastest(
         raise InputError(
             f"nothing fits {sizes['mesh_name']}: fewer prompts (--batch_size), a smaller model, adapters (--lora) or more chips"
         )
-    steps = config.batch_size // config.rollout.steps_per_generation // best.microbatch
+    steps = config.batch_size // config.method.cuts() // best.microbatch
     optim = dataclasses.replace(config.optim, gradient_accumulation_steps=steps)
     return dataclasses.replace(config, remat=best.remat, optim=optim), dataclasses.replace(target, train=best.train)

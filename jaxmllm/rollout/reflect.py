@@ -19,12 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from jaxmllm.data.dialogues import Conversation, Turn, conversation, pictures, say
-from jaxmllm.methods.unlikelihood import normalize_rewards
 from jaxmllm.tasks import captioning
 
 Generate = Callable[[list[Conversation]], Sequence[str]]
@@ -366,17 +363,3 @@ def build_dialogues(
     made = [d for item in items if (d := build_dialogue(item, source, seed, gap)) is not None]
     stats = {"images": len(items), "kept": len(made), "yield": len(made) / max(len(items), 1), "gap": gap}
     return made, stats | {f"turns_{n}": sum(len(d["turns"]) == n for d in made) for n in (1, 2, 3)}
-
-
-def dialogue_sigma(
-    dialogue: Mapping[str, Any], mode: str | None = None, r_max: float | None = None
-) -> Float[np.ndarray, "T"]:
-    """sigma of each answer for `unlikelihood.reflective_unlikelihood`, by the rule of the dialogue's source.
-
-    `mode` and `r_max` (see `normalize_rewards`) replace that rule's, for example `source_max` with the largest reward
-    of a rule-scored data set. Look at the histogram before training: answers below sigma 0.91 are mostly pushed down.
-    """
-    rules = SOURCES[dialogue["source"]]
-    rewards = jnp.asarray([turn["reward"] for turn in dialogue["turns"]], jnp.float32)
-    largest = rules.r_max if r_max is None else r_max
-    return np.asarray(normalize_rewards(rewards, rules.normalisation if mode is None else mode, largest))

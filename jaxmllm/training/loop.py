@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import time
@@ -17,42 +16,34 @@ import numpy as np
 from jaxmllm.errors import InputError
 from jaxmllm.eval import harness, measure
 from jaxmllm.machine import processes
-from jaxmllm.methods.grpo.rollout import GRPO
-from jaxmllm.methods.warmup import HEADS
+from jaxmllm.methods.method import Context, Report
 from jaxmllm.model import hf, lora
 from jaxmllm.runfiles import claim
 from jaxmllm.training.checkpoint import Checkpoints
 from jaxmllm.training.config import TrainConfig
 from jaxmllm.training.metrics import MetricsWriter, record_start
 from jaxmllm.training.profiling import Trace
-from jaxmllm.training.run import Run
-from jaxmllm.training.setup import build, eval_options, eval_sources, generator, host_scalars
+from jaxmllm.training.setup import build, eval_options, eval_sources, host_scalars
+from jaxmllm.training.state import without_own
+from jaxmllm.types import TrainState
 
 log = logging.getLogger(__name__)
 # may differ when a run goes on: they do not enter the numbers of an update
-FREE_FIELDS: tuple[str, ...] = (
-    "max_seconds",
-    "output_dir",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "export",
+FREE_FIELDS = (
+    *("max_seconds", "output_dir", "logging_steps", "save_steps", "save_total_limit", "export", "report_to"),
+    *("data.workers", "data.max_bad_records", "optim.max_nonfinite_steps"),
+    *("profile", "mesh", "sample_mesh"),  # another machine: the same numbers up to rounding
 )
-FREE_FIELDS += (
-    "data.workers",
-    "report_to",
-    "data.max_bad_records",
-    "optim.max_nonfinite_steps",
-    "rollout.reward_errors",
-)
-FREE_FIELDS += ("rollout.reward_processes", "rollout.reward_timeout")
-FREE_FIELDS += ("profile", "mesh", "sample_mesh")  # another machine: the same numbers up to rounding
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, start the same command again
 Progress = Callable[[int, dict[str, float]], None]  # called with (updates done, metrics) at every logged update
 
 
 class Interrupted(Exception):
     """The run was told to stop and has saved itself."""
+
+
+def free_fields(config: TrainConfig) -> tuple[str, ...]:
+    return (*FREE_FIELDS, *(f"method.{name}" for name in config.method.free))
 
 
 @contextlib.contextmanager
@@ -90,23 +81,28 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     for a failed reward, a bad record or too many non-finite updates. Raises Interrupted after SIGINT or SIGTERM, saved.
     """
     config.validate()
-    run = build(config)
-    sources = eval_sources(config, run.model.processor)
+    context, state = build(config)
+    sources = eval_sources(config, context.model.processor)
     with processes.one_after_another():
-        claim(config.run_dir, config, FREE_FIELDS, defaults=TrainConfig(config.name))
+        claim(config.run_dir, config, free_fields(config), defaults=TrainConfig(config.name))
     checkpoints = Checkpoints(
         config.run_dir / "checkpoints",
         keep=config.save_total_limit,
         best_metric=config.metric_for_best_model,
         larger_is_better=best_direction(config.metric_for_best_model, sources) > 0,
     )
-    trained_seconds, seen_tokens, resumed = 0.0, 0.0, checkpoints.restore(run.state)
+    with config.method.open(context) as work:
+        return _train(config, context, state, work, sources, checkpoints, progress)
+
+
+def _train(config, context, state, work, sources, checkpoints, progress):
+    trained_seconds, seen_tokens, resumed, own = 0.0, 0.0, checkpoints.restore(state), work.first_own()
     if resumed is not None:
-        run.state, data = resumed
-        run.batches.set_state(data["batches"])
-        run.step.set_state(data["step"])
+        state, data = resumed
+        work.batches.set_state(data["batches"])
+        own = {name: jnp.asarray(value, jnp.float32) for name, value in data["step"].items()}
         trained_seconds, seen_tokens = data["seconds"], data["tokens"]
-    start = int(run.state.step)
+    start = int(state.step)
     if jax.process_index() == 0:
         record_start(config.run_dir, config.seed, jax.devices())
     writer = MetricsWriter(
@@ -124,17 +120,17 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
 
     def save(metrics: dict[str, float] | None = None) -> None:
         data = {
-            "batches": run.batches.get_state(),
-            "step": run.step.get_state(),
+            "batches": work.batches.get_state(),
+            "step": {name: min(float(value), 1e30) for name, value in own.items()},
             "seconds": time.monotonic() - began,
             "tokens": seen_tokens,
         }
-        checkpoints.save(run.state, data, metrics)
+        checkpoints.save(state, data, metrics)
 
-    with writer, trace, contextlib.closing(checkpoints), contextlib.closing(run.batches), contextlib.closing(run.step):
+    with writer, trace, contextlib.closing(checkpoints):
         with stop_flag() as stop:
             if sources and start == 0 and config.eval_on_start:
-                check_best(config.metric_for_best_model, evaluate(run, sources, "before"))
+                check_best(config.metric_for_best_model, evaluate(config, context, state, sources, "before"))
             step = start
             while step < config.max_steps and not stop:
                 if processes.told_to_stop(step):
@@ -144,10 +140,11 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
                     break
                 trace.before(step)
                 clock, busy = time.perf_counter(), time.process_time()
-                batch = next(run.batches)
-                waited = time.perf_counter() - clock
-                metrics = run.step(run, batch)
-                step = int(run.state.step)
+                report = None  # what the last step saw is let go before the next one draws
+                state, own, report = work.step(state, own, lambda: False)
+                assert report is not None
+                metrics = report.metrics
+                step = int(state.step)
                 nonfinite.append(metrics.get("nonfinite", 0.0))
                 if step % config.logging_steps == 0 or step >= config.max_steps:
                     skipped = [bool(flag) for flag in jax.device_get(nonfinite)]
@@ -155,9 +152,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
                     nonfinite.clear()
                     metrics = host_scalars(metrics) | {"nonfinite": float(sum(skipped))}
                     seconds = time.perf_counter() - clock
-                    # GRPO reports its phases itself; any other step is one program
-                    metrics = {"seconds/update": seconds - waited} | metrics
-                    metrics |= {"step_time": seconds, "seconds/data": waited}
+                    metrics |= {"step_time": seconds}
                     # of all threads of this process: what a CPU run costs, however busy the machine is
                     metrics["processor_time"] = time.process_time() - busy
                     if "num_tokens" in metrics:  # the running total, as in TRL, of logged updates
@@ -170,17 +165,16 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
                     steady = steady or (step, time.perf_counter())
                     writer.log(step, metrics)
                     if failed >= config.optim.max_nonfinite_steps:
-                        path = save_batch(run, batch, config.run_dir / f"nonfinite_{step}.npz")
+                        path = save_batch(report, config.run_dir / f"nonfinite_{step}.npz")
                         raise InputError(
                             f"{failed} updates in a row had a NaN or infinite gradient and were skipped; the last batch is "
                             f"in {path}. Lower optim.learning_rate or look at the data"
                         )
                     if progress is not None:
                         progress(step, metrics)
-                if isinstance(run.step, GRPO):
-                    log_completions(writer, step, run.step)
+                log_completions(writer, step, report)
                 if config.eval_steps and step % config.eval_steps == 0 and step < config.max_steps:
-                    found = evaluate(run, sources, f"step_{step:06d}")
+                    found = evaluate(config, context, state, sources, f"step_{step:06d}")
                     check_best(config.metric_for_best_model, found)
                     writer.log(step, {f"eval_{name}": value for name, value in found.items()})
                     save(found)
@@ -191,11 +185,11 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
             checkpoints.wait()
             raise Interrupted(f"{stop[0]}: saved update {step}; start the same command again to go on")
         if config.load_best_model_at_end:
-            run.state = checkpoints.best(run.state)
+            state = checkpoints.best(state)
         if sources:
-            evaluate(run, sources, "after")
+            evaluate(config, context, state, sources, "after")
     if config.export:
-        export(run, config.run_dir / "export")
+        export(config, context, state, config.run_dir / "export")
     return config.run_dir
 
 
@@ -224,65 +218,63 @@ def trailing(before: int, flags: list[bool]) -> int:
     return before
 
 
-def save_batch(run: Run, batch: Any, path: Path) -> Path:
+def save_batch(report: Report, path: Path) -> Path:
     """What the last update saw, as .npz: the prompts or warm-up arrays, and of a rollout its completions and advantages."""
-    seen = {"prompts": getattr(batch, "prompts", batch), "completions": getattr(batch, "completions", None)}
-    if isinstance(run.step, GRPO) and run.step.last is not None:
-        rollout = run.step.last.rollout
-        seen |= {"completions": rollout.completions, "advantages": rollout.advantages}
+    seen = report.arrays() if report.arrays is not None else {}
     leaves = jax.tree_util.tree_leaves_with_path(seen)
     arrays = {jax.tree_util.keystr(where, simple=True, separator="."): processes.local_rows(x) for where, x in leaves}
     np.savez(path, **arrays)
     return path
 
 
-def evaluate(run: Run, sources: dict[str, Any], name: str) -> dict[str, float]:
+def evaluate(
+    config: TrainConfig, context: Context, state: TrainState, sources: dict[str, Any], name: str
+) -> dict[str, float]:
     """Greedy evaluation on every source, into run_dir/eval/<name>; goes on with what the folder holds."""
-    config = run.config
     out_dir = config.run_dir / "eval" / name
     if (
         jax.process_count() > 1
     ):  # all generate together, so all go on with the same records; the first one's files are kept
         out_dir = processes.own_copy(out_dir)
     found = harness.evaluate(
-        generator(run),
+        lambda records: config.method.answers(state.params, records, context),
         sources,
         out_dir=out_dir,
         batch_size=max(32, config.batch_size),
         limit=config.data.eval_samples,
         options=eval_options(config),
         max_bad_records=config.data.max_bad_records,
-        config={"run": str(config.run_dir), "step": int(run.state.step)},
+        config={"run": str(config.run_dir), "step": int(state.step)},
         save_pictures=config.save_pictures,
     )
     log.info("evaluation %s: %s", name, found.flat())
     return found.flat()
 
 
-def log_completions(writer: MetricsWriter, step: int, grpo: GRPO) -> None:
-    drawn = grpo.last
-    if drawn is None:
+def log_completions(writer: MetricsWriter, step: int, report: Report) -> None:
+    if report.rows is None or not writer.writes_completions(step):
         return
-    rewards = {name: drawn.rewards[:, k].tolist() for k, name in enumerate(grpo.rewards.names)}
-    parts = sorted({name for row in drawn.parts for name in row} - {"reward"})
-    rewards |= {name: [row.get(name, math.nan) for row in drawn.parts] for name in parts}
+    table = report.rows()
     writer.log_completions(
         step,
-        [str(record.get("expression") or record.get("label") or record["id"]) for record in drawn.records],
-        drawn.texts,
-        rewards,
-        drawn.advantages.tolist(),
-        [record["images"][0] if record.get("images") else None for record in drawn.records],
+        [str(record.get("expression") or record.get("label") or record["id"]) for record in table.records],
+        table.texts,
+        table.rewards,
+        table.advantages,
+        [record["images"][0] if record.get("images") else None for record in table.records],
     )
 
 
-def export(run: Run, folder: Path) -> None:
-    """The trained model as a Hugging Face folder, which shows pictures as in training; adapters are also saved, then merged."""
-    params = {name: value for name, value in run.state.params.items() if name != HEADS}
-    if run.config.lora is not None:
-        lora.save(params, run.config.lora, folder.with_name("adapter"), base_model=run.config.model)
+def export(config: TrainConfig, context: Context, state: TrainState, folder: Path) -> None:
+    """The trained model as a Hugging Face folder, which shows pictures as in training; adapters are also saved, then merged.
+    The method adds what it trained besides.
+    """
+    params = without_own(state.params, config)
+    if config.lora is not None:
+        lora.save(params, config.lora, folder.with_name("adapter"), base_model=config.model)
         params = jax.jit(lora.merge)(params)
     params = jax.tree.map(jnp.asarray, params)
-    pixels = run.model.processor.pixel_config
+    pixels = context.model.processor.pixel_config
     limits = (pixels.min_pixels, pixels.max_pixels)
-    hf.save_params(params, run.model.cfg, folder, source=run.model.folder, pixels=limits)
+    hf.save_params(params, context.cfg, folder, source=context.model.folder, pixels=limits)
+    config.method.export(state.params, folder, context)

@@ -112,6 +112,10 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(values, step=int(step))
 
+    def writes_completions(self, step: int) -> bool:
+        """Whether `log_completions` writes at this step."""
+        return self.enabled and bool(self.completions_steps) and step % self.completions_steps == 0
+
     def log_completions(
         self,
         step: int,
@@ -129,7 +133,7 @@ class MetricsWriter:
             advantages: one a row.
             images: first picture of each row or None; stored small, once a group, as Hugging Face's {"bytes", "path"}.
         """
-        if not self.enabled or not self.completions_steps or step % self.completions_steps:
+        if not self.writes_completions(step):
             return
         rows = len(completions)
         columns: dict[str, Any] = {

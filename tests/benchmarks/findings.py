@@ -76,7 +76,7 @@ def world(task: str, tokens: int, options: str = "") -> tuple[str, ...]:
     source = TASKS[task]
     return (
         *("--data.train", f"{source}{options}&length=1000000", "--data.eval", f"{source}&split=val"),
-        *("--data.eval_samples", "512", "--grpo.max_completion_length", str(tokens)),
+        *("--data.eval_samples", "512", "--method.max_completion_length", str(tokens)),
     )
 
 
@@ -87,8 +87,8 @@ def rl(group: str, task: str, *flags: str, updates: int = RL_UPDATES, thought: i
 
 def sft(group: str, task: str, *flags: str, updates: int, thought: int = 0) -> Case:
     recipe = (
-        *("--method", "sft", "--data.questions_per_image", str(QUESTIONS)),
-        *("--data.first_corner_weight", "3", "--data.label_weight", "4"),
+        *("--method", "sft", "--method.questions_per_image", str(QUESTIONS)),
+        *("--method.first_corner_weight", "3", "--method.label_weight", "4"),
         *("--optim.learning_rate", SFT_RATE, "--optim.lr_scheduler_type", "linear", "--optim.warmup_steps", "10"),
     )
     common = (*world(task, TOKENS[task] + thought, f"&questions={QUESTIONS}"), "--max_steps", str(updates))
@@ -97,11 +97,11 @@ def sft(group: str, task: str, *flags: str, updates: int, thought: int = 0) -> C
 
 def few(task: str) -> tuple[str, ...]:
     """Few pictures with one question each, again and again. After the flags of `world`: the last of a name counts."""
-    return ("--data.train", f"{TASKS[task]}&length={FEW}", "--data.questions_per_image", "1")
+    return ("--data.train", f"{TASKS[task]}&length={FEW}", "--method.questions_per_image", "1")
 
 
 def group_size(g: int) -> tuple[str, ...]:
-    return ("--grpo.num_generations", str(g), "--batch_size", str(128 // g))
+    return ("--method.num_generations", str(g), "--batch_size", str(128 // g))
 
 
 CASES: dict[str, Case] = {
@@ -113,7 +113,7 @@ CASES: dict[str, Case] = {
         f"{task}_few_sft": sft("few", task, *few(task), "--eval_steps", "20", updates=FEW_UPDATES) for task in FEW_TASKS
     },
     **{
-        f"{task}_in_order": rl("matching", task, "--rollout.reward_matching", "order")
+        f"{task}_in_order": rl("matching", task, "--method.reward_matching", "order")
         for task in ("counting", "detection")
     },
     # the embedded model never wrote <think>: a short SFT teaches the form, with nothing in the thought, and the other arm the
@@ -129,7 +129,7 @@ CASES: dict[str, Case] = {
         for name, flags in (("taught", ()), ("taught_thinking", ("--data.thinking",)))
     },
     **{f"{task}_g{g}": rl("group", task, *group_size(g)) for task in ("grounding", "counting") for g in (2, 4, 16)},
-    **{f"{task}_kl": rl("kl", task, "--grpo.beta", "0.04") for task in ("grounding", "counting")},
+    **{f"{task}_kl": rl("kl", task, "--method.beta", "0.04") for task in ("grounding", "counting")},
 }
 
 

@@ -10,7 +10,7 @@ import logging
 import math
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -18,48 +18,46 @@ from jaxtyping import Float
 from jaxmllm.errors import InputError
 from jaxmllm.methods.grpo import reward_calls
 from jaxmllm.methods.grpo.advantages import repetition_penalty, soft_overlong_punishment
-from jaxmllm.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from jaxmllm.methods.grpo.method import GRPO
 
 log = logging.getLogger(__name__)
 OfTokens = Callable[[Sequence[Sequence[int]]], Sequence[float]]  # token ids of all rows -> a reward for each
 FOREIGN_PROCESSES = 2  # for functions of others, unless the config says
 
 
-def of_tokens(config: TrainConfig) -> dict[str, OfTokens]:
+def of_tokens(method: "GRPO") -> dict[str, OfTokens]:
     """The rewards that read token ids, end token included, by name (grpo.md section 8)."""
-    rollout, limit = config.rollout, config.grpo.max_completion_length or 0
+    limit = method.max_completion_length or 0
 
     def soft_overlong(rows: Sequence[Sequence[int]]) -> list[float]:
-        return soft_overlong_punishment([len(row) for row in rows], limit, rollout.soft_punish_cache)
+        return soft_overlong_punishment([len(row) for row in rows], limit, method.soft_punish_cache)
 
     def repetition(rows: Sequence[Sequence[int]]) -> list[float]:
-        return repetition_penalty(rows, rollout.repetition_n_grams, rollout.repetition_max_penalty)
+        return repetition_penalty(rows, method.repetition_n_grams, method.repetition_max_penalty)
 
     return {"soft_overlong": soft_overlong, "repetition": repetition}
 
 
-def style_of(config: TrainConfig) -> dict[str, Any]:
-    """Keyword arguments of the tasks' rewards; each gets those that it knows."""
-    data, rollout = config.data, config.rollout
-    return {
-        "style": data.style,
-        "thinking": data.thinking,
-        "rules": rollout.reward_rules,
-        "matching": rollout.reward_matching,
-        "by_task": {"detection": {"weights": rollout.detection}},
+def of_method(method: "GRPO", style: Mapping[str, Any]) -> "Rewards":
+    """The rewards of a run. InputError when a function does not import.
+
+    `style`: keyword arguments of the tasks' rewards besides the method's own; each gets those that it knows.
+    """
+    options = {
+        **style,
+        "rules": method.reward_rules,
+        "matching": method.reward_matching,
+        "by_task": {"detection": {"weights": method.detection}},
     }
-
-
-def of_config(config: TrainConfig) -> "Rewards":
-    """The rewards of a run. InputError when a function does not import."""
-    rollout = config.rollout
     return Rewards(
-        rollout.reward_funcs,
-        style_of(config),
-        of_tokens=of_tokens(config),
-        processes=rollout.reward_processes,
-        timeout=rollout.reward_timeout,
-        skip_errors=rollout.reward_errors == "skip",
+        method.reward_funcs,
+        options,
+        of_tokens=of_tokens(method),
+        processes=method.reward_processes,
+        timeout=method.reward_timeout,
+        skip_errors=method.reward_errors == "skip",
     )
 
 
