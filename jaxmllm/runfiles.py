@@ -133,6 +133,10 @@ def differences(old: Any, new: Any, ignore: Collection[str] = (), prefix: str = 
     """Lines "field: old -> new" for each field of two nested dicts that differs; `ignore`: dotted names left out."""
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]
+    if prefix and old.get("name") != new.get(
+        "name"
+    ):  # another method: its options have nothing to do with the old one's
+        return [f"{prefix}: {old.get('name')!r} -> {new.get('name')!r}"]
     lines = []
     for key in sorted(old.keys() | new.keys()):
         name = f"{prefix}.{key}" if prefix else key

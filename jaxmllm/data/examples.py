@@ -205,7 +205,7 @@ def extend(example: Example, ids: Sequence[int]) -> Example:
 # ---------------------------------------------------------------- encoders
 
 
-class _Encoder:
+class Encoder:
     """What prompts and answers have in common: (source, index, place in the order) -> Encoded."""
 
     def __init__(self, processor: Processor, asking: Asking, buckets: Buckets):
@@ -292,7 +292,7 @@ class _Encoder:
         )
 
 
-class PromptEncoder(_Encoder):
+class PromptEncoder(Encoder):
     """One record, one prompt: what is sampled from. The same as `processor.encode(asking.conversation(record))`."""
 
     def __call__(self, source: RecordSource, index: int, place: int) -> Encoded:
@@ -305,7 +305,7 @@ class PromptEncoder(_Encoder):
         return self.checked(Encoded(index, [self.seen(record, example)], example))
 
 
-class AnswerEncoder(_Encoder):
+class AnswerEncoder(Encoder):
     """Gold answers to learn, as G completions of one prompt.
 
     Records of tasks, and several chats of one question that share their pictures: the prompt ends with the last picture,

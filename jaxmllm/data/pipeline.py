@@ -284,7 +284,7 @@ def _collate_rows(buckets: Buckets, picture: tuple[int, int], step: int, rows: S
     return pad(step, rows, real, batch_sizes(rows, buckets), picture)
 
 
-def _batches(
+def batches(
     source: RecordSource,
     processor: Processor,
     encode: Callable[[RecordSource, int, int], Encoded],
@@ -360,7 +360,7 @@ def rl_batches(
     - `threads` (2), `prefetch` (2 batches): background work in this process; `workers` (0): in so many others.
     """
     encode = PromptEncoder(processor, asking or Asking(), buckets)
-    return _batches(source, processor, encode, batch_size, buckets, seed, **options)
+    return batches(source, processor, encode, batch_size, buckets, seed, **options)
 
 
 def sft_batches(
@@ -384,4 +384,4 @@ def sft_batches(
     if questions < 1:
         raise InputError(f"questions: {questions} must be at least 1")
     encode = AnswerEncoder(processor, asking or Asking(), buckets, questions, seed, weigh)
-    return _batches(source, processor, encode, batch_size, buckets, seed, **options)
+    return batches(source, processor, encode, batch_size, buckets, seed, **options)

@@ -84,7 +84,9 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     context, state = build(config)
     sources = eval_sources(config, context.model.processor)
     with processes.one_after_another():
-        claim(config.run_dir, config, free_fields(config), defaults=TrainConfig(config.name))
+        claim(
+            config.run_dir, config, free_fields(config), defaults=TrainConfig(config.name, method=type(config.method)())
+        )
     checkpoints = Checkpoints(
         config.run_dir / "checkpoints",
         keep=config.save_total_limit,

@@ -10,6 +10,7 @@ rows of the batch never matter; padding boxes are excluded from every top-k and 
 streams are projected to `width` first, since a Qwen backbone is wider than UNITER. Weights are stored [in, out].
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,10 +45,13 @@ class RCRNConfig:
     phrase_encoder: str = "bilstm"  # or "linear": words projected one by one, phrases by their mean
     own_matching_gates: bool = False  # True: the matching branch mixes with its own gates, not the grounding branch's
     mrr_on: str = "logit"  # or "prob": what the released readout takes differences of
+    scores: str = "calibrated"  # or "published", whose beliefs saturate: see `calibrated`
 
     def __post_init__(self):
         if self.phrase_encoder not in ("bilstm", "linear"):
             raise ValueError(f"phrase_encoder must be 'bilstm' or 'linear', got {self.phrase_encoder!r}")
+        if self.scores not in ("calibrated", "published"):
+            raise ValueError(f"scores must be 'calibrated' or 'published', got {self.scores!r}")
         if self.joint % 2:
             raise ValueError(f"joint must be even, got {self.joint}")
 
@@ -111,6 +115,16 @@ def unary_belief(
     mixed = jnp.where(valid, w_app[..., None] * s_app + w_loc[..., None] * s_loc, 0)
     largest = jax.lax.stop_gradient(jnp.maximum(1, jnp.abs(mixed).max(-1, keepdims=True)))
     return jnp.where(valid, (mixed / largest + 1) / 2 + EPS, EPS)
+
+
+def calibrated(p: Params, cosine: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """sigmoid(scale cosine + bias): a belief or relation score whose level means something, both learnt.
+
+    The published forms, (Norm(x) + 1) / 2 of a tanh and ReLU of a cosine, order boxes well and saturate: on exact features
+    the largest root belief is 1.00 for matches and mismatches alike, and matching ends at .72 where this form reaches .99
+    (`tests/test_rcrn_learns.py`). Theirs needs a cosine near -1 for a small belief, and a ReLU can die everywhere.
+    """
+    return jax.nn.sigmoid(p["scale"] * cosine + p["bias"])
 
 
 def node_logit(
@@ -242,7 +256,12 @@ def init(key: Key[Array, ""], cfg: RCRNConfig) -> Params:
         },
         "box": pair(cfg.width) | {"scale": scale(cfg.width), "out": linear(2 * cfg.joint + 5, 4)},
         "temperature": jnp.asarray(cfg.temperature),
-    }
+    } | ({} if cfg.scores == "published" else {name: _calibration() for name in ("belief", "relation")})
+
+
+def _calibration() -> Params:
+    """Start of `calibrated`; learnt values stay near it (8.8 and -.1, 8.4 and -.2)."""
+    return {"scale": jnp.asarray(8.0), "bias": jnp.zeros(())}
 
 
 # ---- layers
@@ -333,8 +352,9 @@ def _relation_scores(
     ctx: Int[Array, "B E K"],
     real: Bool[Array, "B N"],
     drop: _Dropout,
+    squash: Callable[[Array], Array] = jax.nn.relu,
 ) -> Float[Array, "B E N K"]:
-    """A: ReLU of the cosine between a (subject box, context box) pair and the relation phrase; 0 on padding."""
+    """A: `squash` of the cosine between a (subject box, context box) pair and the relation phrase; 0 on padding."""
 
     def of_context(x):  # [B, N, W] -> [B, E, 1, K, W]
         return jnp.take_along_axis(x[:, None], ctx.reshape(*ctx.shape[:1], 1, -1, 1), 2).reshape(
@@ -349,7 +369,7 @@ def _relation_scores(
     cosine = jnp.einsum("benkj,bej->benk", _mlp(p["v"], joint, drop), _mlp(p["l"], f_rel, drop))
     chosen = jnp.take_along_axis(jnp.broadcast_to(real[:, None], (*ctx.shape[:2], real.shape[1])), ctx, -1)
     keep = real[:, None, :, None] & chosen[:, :, None] & (rho != 0).any(-1)
-    return jnp.where(keep, jax.nn.relu(cosine), 0)
+    return jnp.where(keep, squash(cosine), 0)
 
 
 def apply(
@@ -383,9 +403,12 @@ def apply(
     entity = {name: phrase[name][:, :n_entities] for name in ("app", "loc")}
 
     def score(p, box_features, f):  # [B, M, N], -1 on padding boxes
-        v, l = _mlp(p["v"], box_features, drop), _mlp(p["l"], f, drop)
+        v, l = _mlp(p["v"], box_features, drop)[:, None], _mlp(p["l"], f, drop)[:, :, None]
         d = p["difference"]
-        s = sub_score(v[:, None], l[:, :, None], d["in"]["w"], d["in"]["b"], d["out"]["w"][:, 0], d["out"]["b"][0])
+        if cfg.scores == "published":
+            s = sub_score(v, l, d["in"]["w"], d["in"]["b"], d["out"]["w"][:, 0], d["out"]["b"][0])
+        else:
+            s = (v * l).sum(-1)
         return jnp.where(real[:, None], s, -1)
 
     s_app = score(params["app"], _unit(regions) * params["app"]["scale"], entity["app"])
@@ -399,13 +422,20 @@ def apply(
     seen = jax.lax.stop_gradient(jnp.concatenate([whole[:, :n_entities], strongest(s_app), strongest(s_loc)], -1))
     gate_grd = jax.nn.sigmoid(_linear(params["gates"]["grounding"], seen))
     gate_match = jax.nn.sigmoid(_linear(params["gates"]["matching"], seen))
-    b_loc = unary_belief(s_app, s_loc, gate_grd[..., 0], gate_grd[..., 1], real[:, None])
-    mix = gate_match if cfg.own_matching_gates else gate_grd
-    b_match = unary_belief(s_app, s_loc, mix[..., 0], mix[..., 1], real[:, None])
+
+    def local_belief(gate):
+        if cfg.scores == "published":
+            return unary_belief(s_app, s_loc, gate[..., 0], gate[..., 1], real[:, None])
+        mixed = gate[..., :1] * s_app + gate[..., 1:2] * s_loc
+        return jnp.where(real[:, None], calibrated(params["belief"], mixed), 0) + EPS
+
+    b_loc = local_belief(gate_grd)
+    b_match = local_belief(gate_match if cfg.own_matching_gates else gate_grd)
+    squash = jax.nn.relu if cfg.scores == "published" else functools.partial(calibrated, params["relation"])
 
     def relations(b):
         ctx = propagation.contexts(b, graphs, cfg.context, real)
-        return _relation_scores(params["rel"], regions, g, phrase["rel"][:, n_entities:], ctx, real, drop), ctx
+        return _relation_scores(params["rel"], regions, g, phrase["rel"][:, n_entities:], ctx, real, drop, squash), ctx
 
     A, ctx = relations(b_loc)
     A_match, ctx_match = relations(b_match) if cfg.own_matching_gates else (A, ctx)
@@ -446,7 +476,10 @@ def apply(
         out["score_without"], out["mrr_edge"] = propagation.counterfactual_readout(
             *run, gate_match[..., 2], valid, rows, node_score
         )
-    return out | _refine(params["box"], regions, boxes, g, entity["app"], graphs.node_mask, b_root, real, drop)
+    seen = (regions, entity["app"])
+    if cfg.scores == "calibrated":  # the box's loss does not move what the beliefs read
+        seen = jax.lax.stop_gradient(seen)
+    return out | _refine(params["box"], seen[0], boxes, g, seen[1], graphs.node_mask, b_root, real, drop)
 
 
 def _refine(p, regions, boxes, g, f_app, node_mask, b_root, real, drop) -> dict[str, Array]:
