@@ -17,11 +17,12 @@ _NAMES = {
     "save": "api",
     "Model": "api",
     "Generation": "api",
-    "train": "training.loop",
+    "train": "training.run",
     "TrainConfig": "training.config",
     "evaluate": "eval.harness",
     "InputError": "errors",
 }
+_CALLED = {"train": "run_and_report"}
 __all__ = sorted(_NAMES)
 
 
@@ -29,7 +30,7 @@ def __getattr__(name: str) -> Any:
     """Imports on first use: workers that only compute rewards never load JAX."""
     if name not in _NAMES:
         raise AttributeError(f"module 'jaxmllm' has no attribute {name!r}")
-    return getattr(import_module(f"jaxmllm.{_NAMES[name]}"), name)
+    return getattr(import_module(f"jaxmllm.{_NAMES[name]}"), _CALLED.get(name, name))
 
 
 def __dir__() -> list[str]:

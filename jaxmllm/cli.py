@@ -300,35 +300,21 @@ def train(arguments: Sequence[str]) -> int:
         return 0 if "--help" in arguments or "-h" in arguments else EXIT_INPUT
     config, given = parse_command("train", arguments, ("--mesh",))
 
-    import jax
-
     from jaxmllm.machine import processes
 
     processes.start()
     if "--mesh" in given:
-        from jaxmllm.machine.targets import on_mesh
+        from jaxmllm.plan.placing import on_mesh
 
         config = on_mesh(config, given["--mesh"])
-    from jaxmllm.training.loop import EXIT_INTERRUPTED, Interrupted
-    from jaxmllm.training.loop import train as run
-    from jaxmllm.training.progress import Live
+    from jaxmllm.training.run import run_and_report
+    from jaxmllm.training.stopping import EXIT_INTERRUPTED, Interrupted
 
-    first = jax.process_index() == 0
-    with Live(config, _console(quiet=not first)) as live:
-        try:
-            folder = run(config, live.update)
-        except Interrupted as stopped:
-            live.stop()
-            _console().print(f"[yellow]{stopped}")
-            return EXIT_INTERRUPTED
-    if not first:
-        return 0
-    if config.data.eval and config.eval_on_start:
-        from jaxmllm.eval import measure, tables
-
-        changes = measure.compare(folder / "eval" / "before", folder / "eval" / "after")
-        _console().print(tables.terminal(tables.change_rows(changes), "before and after, same held-out records"))
-    report(folder)
+    try:
+        run_and_report(config)
+    except Interrupted as stopped:
+        _console().print(f"[yellow]{stopped}")
+        return EXIT_INTERRUPTED
     return 0
 
 

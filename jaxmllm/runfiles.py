@@ -151,25 +151,27 @@ def differences(old: Any, new: Any, ignore: Collection[str] = (), prefix: str = 
     return lines
 
 
-def claim(folder: str | Path, config: Any, ignore: Collection[str] = (), defaults: Any = None) -> bool:
-    """Makes `folder` and writes `config.json` into it, or checks that the one there is the same; True if it was there.
+def claim(folder: str | Path, config: Any, ignore: Collection[str] = (), defaults: Any = None) -> list[str]:
+    """Makes `folder` and writes `config.json` into it, or checks that the one there is the same.
 
-    Raises InputError with the differing fields when the folder belongs to another config. Fields named in `ignore`
-    (dotted) may differ; the file keeps their first values. `defaults` stands for fields that the file lacks because they
-    did not exist when it was written.
+    Returns a line for every field that differs and may: those named in `ignore` (dotted); the file keeps their first
+    values. Raises InputError with the other differing fields when the folder belongs to another config. `defaults` stands
+    for fields that the file lacks because they did not exist when it was written.
     """
     path = Path(folder) / "config.json"
     if path.exists():
-        lines = differences(_filled(plain(defaults), read_json(path)), plain(config), ignore)
+        old, new = _filled(plain(defaults), read_json(path)), plain(config)
+        lines = differences(old, new, ignore)
         if lines:
             raise InputError(
-                f"{folder} belongs to another config; use another folder or remove this one. Differing fields:\n  "
+                f"{folder} belongs to another config: use another folder for this one, or give these fields their old "
+                "values. A run goes on with other values in a new folder: --name NEW --resume_from OLD. Differing fields:\n  "
                 + "\n  ".join(lines)
             )
-        return True
+        return [line for line in differences(old, new) if line not in lines]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, config)
-    return False
+    return []
 
 
 def _filled(defaults: Any, values: Any) -> Any:

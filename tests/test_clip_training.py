@@ -6,6 +6,7 @@ import pytest
 from jaxmllm import api
 from jaxmllm.data.examples import Asking
 from jaxmllm.data.sources import open_source
+from jaxmllm.methods import SFT
 from jaxmllm.runfiles import read_lines
 from jaxmllm.training.config import DataConfig, OptimConfig
 from jaxmllm.training.loop import train
@@ -26,11 +27,10 @@ def test_the_loss_is_the_scorers(tmp_path, spec, norm):
     """Of the first update; and it falls."""
     config = training.config(
         tmp_path,
-        method="sft",
+        method=SFT(loss_norm=norm),
         trainable=r"text/.*|embed",
         batch_size=4,
         max_steps=6,
-        loss_norm=norm,
         data=DataConfig(train=(spec,)),
         optim=OptimConfig(learning_rate=2e-3, lr_scheduler_type="constant"),
         save_steps=100,

@@ -12,15 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tyro
 from PIL import Image
 
 from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
 from jaxmllm.machine.targets import check_layout, known_meshes, load_mesh
-from jaxmllm.methods.grpo.rewards import of_config
+from jaxmllm.methods.grpo.rewards import of_method
 from jaxmllm.tasks import ocr
-from jaxmllm.training.config import MeshConfig, TrainConfig, load_config
+from jaxmllm.training.config import MeshConfig, TrainConfig, load_config, parse_command
 from jaxmllm.training.setup import asking_of, eval_asking
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +45,7 @@ def docstring(path: Path) -> str:
 
 
 def overridden(path: Path, arguments: list[str]) -> TrainConfig:
-    return tyro.cli(TrainConfig, default=load_config(path), args=arguments).validate()
+    return parse_command("train", [str(path), *arguments])[0]
 
 
 # ---------------------------------------------------------------- runs
@@ -75,36 +74,36 @@ def test_documented_variants(path):
         assert found != dataclasses.replace(load_config(path), name=found.name)
         configs[found.name.removeprefix(path.stem)] = found
     assert configs["_thinking"].data.thinking and not load_config(path).data.thinking
-    assert configs["_g16"].grpo.num_generations == 16
-    assert configs["_sft"].method == "sft"
-    assert configs["_sft_rl"].method == "grpo" and configs["_sft_rl"].model == f"runs/{path.stem}_sft/export"
-    usual = load_config(path).rollout
+    assert configs["_g16"].method.num_generations == 16
+    assert configs["_sft"].method.name == "sft"
+    assert configs["_sft_rl"].method.name == "grpo" and configs["_sft_rl"].model == f"runs/{path.stem}_sft/export"
+    usual = load_config(path).method
     assert (usual.reward_rules, usual.reward_matching) == ("corrected", "hungarian")
     if path.stem != "ocr_2b":  # of pages there is no released reward of the paper's
-        assert configs["_released"].rollout.reward_rules == "released"
+        assert configs["_released"].method.reward_rules == "released"
     if path.stem in ("counting_2b", "detection_3b"):  # several objects: something to match
-        assert configs["_in_order"].rollout.reward_matching == "order"
+        assert configs["_in_order"].method.reward_matching == "order"
     if path.stem == "detection_3b":
-        assert configs["_penalty"].rollout.detection.penalty and configs["_no_f1"].rollout.detection.f1 == 0
+        assert configs["_penalty"].method.detection.penalty and configs["_no_f1"].method.detection.f1 == 0
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_published_hyperparameters(path):
     """perception_r1.md, table of section 3."""
     config = load_config(path)
-    optim, data, rollout = config.optim, config.data, config.rollout
-    assert (config.grpo.num_generations, config.grpo.beta, config.grpo.loss_type) == (8, 0.04, "grpo")
+    optim, data, method = config.optim, config.data, config.method
+    assert (method.num_generations, method.beta, method.loss_type) == (8, 0.04, "grpo")
     assert (optim.learning_rate, optim.lr_scheduler_type, optim.warmup_steps) == (1e-6, "linear", 0)
     assert (optim.adam_beta1, optim.adam_beta2, optim.adam_epsilon, optim.weight_decay) == (0.9, 0.999, 1e-8, 0)
     assert (optim.max_grad_norm, optim.gradient_accumulation_steps) == (1.0, 2)
     assert (data.min_pixels, data.max_pixels) == (3136, 1_000_000)
-    assert rollout.temperature == 1.0 and rollout.num_iterations == 1
+    assert method.temperature == 1.0 and method.num_iterations == 1
     assert config.trainable == r".*" and config.lora is None
     # prompts are never cut: the largest image and the list of 80 names fit
     assert data.max_prompt_length >= data.max_pixels // 28**2 + 400
     tokens = {"grounding_2b": 768, "counting_2b": 768, "ocr_2b": 2048, "detection_3b": 2048}
     records = {"grounding_2b": 5_000, "counting_2b": 10_000, "ocr_2b": 5_000, "detection_3b": 110_000}
-    assert config.grpo.max_completion_length == tokens[config.name]
+    assert method.max_completion_length == tokens[config.name]
     assert 0 <= records[config.name] - config.max_steps * config.batch_size < config.batch_size
     assert data.style == ("qwen2_5_vl" if "2.5" in config.model else "qwen2_vl")
     # section 2: a system turn in training alone; section 5: greedy, so many new tokens
@@ -191,9 +190,10 @@ BEST = {"grounding": 2.0, "counting": 1.0, "ocr": 1.0, "detection": 3.0}  # perc
 def test_documented_data(path, flags, layout):
     """The documented files are read as the recipe's task, and the gold answer in its style has the best reward."""
     config = overridden(path, list(flags))
-    asking, rewards = asking_of(config), of_config(config)
+    asking = asking_of(config)
+    rewards = of_method(config.method, {"style": config.data.style, "thinking": config.data.thinking})
     # the released rewards are given the text with its end token
-    end = "<|im_end|>" if config.rollout.reward_rules == "released" else ""
+    end = "<|im_end|>" if config.method.reward_rules == "released" else ""
     for spec in (*config.data.train, *config.data.eval):
         record = {"id": spec, "size": [200, 100], **open_source(spec)[0]}
         assert record["task"] == path.stem.partition("_")[0]

@@ -102,13 +102,11 @@ def test_every_finding_has_its_runs_and_every_run_its_start():
 
 
 def test_every_run_is_a_valid_config():
-    import tyro
-
-    from jaxmllm.training.config import TrainConfig, load_config
+    from jaxmllm.training.config import parse_command
 
     for job in findings.jobs("", (0,)):
         _, _, path, *flags = job.command(findings.ROOT)
-        config = tyro.cli(TrainConfig, default=load_config(findings.ROOT / path), args=flags).validate()
+        config, _ = parse_command("train", [str(findings.ROOT / path), *flags])
         assert config.name == job.key
-        if config.method == "grpo" and job.case.group != "bccd":
-            assert config.batch_size * config.grpo.num_generations == 128  # as much to learn from for every G
+        if config.method.name == "grpo" and job.case.group != "bccd":
+            assert config.batch_size * config.method.num_generations == 128  # as much to learn from for every G

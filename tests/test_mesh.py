@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxmllm.errors import InputError
 from jaxmllm.machine import layout
 from jaxmllm.machine.mesh import RULES, make_mesh, param_shardings, shard_batch, spec_for, tree_paths
-from jaxmllm.methods.update import score
 from jaxmllm.model import hf, lora
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout import sampler
+from jaxmllm.rollout.scorer import score
 from tests.support import tiny
 
 P = PartitionSpec

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from jaxmllm.data.images import PixelConfig
-from jaxmllm.methods.update import score
 from jaxmllm.model import qwen_vl
 from jaxmllm.model.logprobs import Sampling
+from jaxmllm.rollout.scorer import score
 from jaxmllm.types import Prompts
 from tests.support import tiny
 

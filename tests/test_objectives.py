@@ -7,9 +7,11 @@ import pytest
 import tyro
 
 from jaxmllm.errors import InputError
-from jaxmllm.methods import update as step
+from jaxmllm.methods.grpo import step
+from jaxmllm.methods.grpo.step import Rollout
 from jaxmllm.methods.optim import make_optimizer
-from jaxmllm.methods.update import Rollout
+from jaxmllm.methods.update import Update
+from jaxmllm.model.logprobs import Sampling
 from jaxmllm.training.config import TrainConfig
 from jaxmllm.types import Completions, Prompts, TrainState
 from tests.support import training
@@ -87,8 +89,8 @@ def update(config: TrainConfig, cuts: int):
     """(a function of a rollout that does one update in so many microbatches, its rollout)."""
     tx = make_optimizer(config.optim, config.max_steps)
     coefficients = (
-        jnp.float32(0.01) if config.grpo.use_adaptive_entropy else None,
-        jnp.float32(0.02) if config.grpo.kl_ctrl == "adaptive" else None,
+        jnp.float32(0.01) if config.method.use_adaptive_entropy else None,
+        jnp.float32(0.02) if config.method.kl_ctrl == "adaptive" else None,
     )
 
     def call(rollout: Rollout):
@@ -97,28 +99,28 @@ def update(config: TrainConfig, cuts: int):
             TrainState(jnp.zeros((), jnp.int32), params, tx.init(params)),
             rollout,
             *coefficients,
-            update=step.Update(None, tx, ".*", cuts),  # type: ignore[arg-type]
-            options=config.grpo,
-            sampling=config.rollout.sampling(()),
+            update=Update(None, tx, ".*", cuts),  # type: ignore[arg-type]
+            options=config.method.loss,
+            sampling=Sampling(),
         )[1]
 
-    return call, arrays() if config.grpo.beta else arrays().replace(ref_logps=None)
+    return call, arrays() if config.method.beta else arrays().replace(ref_logps=None)
 
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_flags_choose_the_update(tmp_path, monkeypatch, flags):
     """Traced, not compiled: the metrics of each objective."""
-    monkeypatch.setattr(step, "score", score)
+    monkeypatch.setattr(step, "score_halves", score)
     config = parsed(tmp_path, flags)
     metrics = jax.eval_shape(*update(config, 1))
     assert metrics.keys() >= BASE | FLAGS[flags] and all(value.shape == () for value in metrics.values())
-    assert ("kl" in metrics) == (config.grpo.beta > 0)
+    assert ("kl" in metrics) == (config.method.beta > 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", FLAGS)
 def test_updates_are_finite_and_do_not_depend_on_the_cut(tmp_path, monkeypatch, flags):
-    monkeypatch.setattr(step, "score", score)
+    monkeypatch.setattr(step, "score_halves", score)
     config = parsed(tmp_path, flags)
     found = []
     for cuts in (1, 2):
@@ -127,7 +129,7 @@ def test_updates_are_finite_and_do_not_depend_on_the_cut(tmp_path, monkeypatch, 
     whole, cut = found
     assert whole.keys() == cut.keys()
     assert np.isfinite(list(whole.values())).all() and whole["nonfinite"] == 0 and whole["grad_norm"] > 0
-    if config.grpo.loss_type != "bnpo":  # which depends on the cut by definition
+    if config.method.loss_type != "bnpo":  # which depends on the cut by definition
         for name in ("loss", "grad_norm", *FLAGS[flags]):
             assert cut[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
 
@@ -135,20 +137,26 @@ def test_updates_are_finite_and_do_not_depend_on_the_cut(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--method.num_generations 1", "grpo.num_generations=1: must be at least 2"),
-        ("--method.loss_type cispo", "grpo.epsilon_high=None: cispo"),
-        ("--method.loss_type dr_grpo --method.max_completion_length None", "grpo.max_completion_length=None: dr_grpo"),
-        ("--method.kl_ctrl adaptive", "grpo.kl_ctrl='adaptive': there is no KL term while beta is 0"),
-        ("--method.reward_weights 1 2", "grpo.reward_weights: 2 weights for 1 reward functions"),
-        ("--method.temperature 0", "rollout.temperature = 0: the completions of a group would all be the same"),
-        ("--method.beta 0.1 --method.top_k 5", "grpo.beta = 0.1: a KL term needs the whole distribution"),
-        ("--method.beta 0.1 --method.sync_ref_model lora:lo-ra-config", "grpo.sync_ref_model: with lora the reference"),
-        ("--method.soft_punish_cache 2", "rollout.soft_punish_cache = 2: goes with soft_overlong"),
-        ("--method.reward_funcs task soft_overlong", "rollout.soft_punish_cache = 0: goes with soft_overlong"),
-        ("--method.reward_funcs task task", "rollout.reward_funcs = .* name each function once"),
-        ("--method.repetition_max_penalty 1", "rollout.repetition_max_penalty = 1.0: must not be positive"),
-        ("--method.reward_rules released --data.thinking", "rollout.reward_rules = 'released': .* no thinking format"),
-        ("--method.max_num_gen_batches 0", "rollout.max_num_gen_batches = 0: must be at least 1"),
+        ("--method.num_generations 1", "method.num_generations=1: must be at least 2"),
+        ("--method.loss_type cispo", "method.epsilon_high=None: cispo"),
+        (
+            "--method.loss_type dr_grpo --method.max_completion_length None",
+            "method.max_completion_length=None: dr_grpo",
+        ),
+        ("--method.kl_ctrl adaptive", "method.kl_ctrl='adaptive': there is no KL term while beta is 0"),
+        ("--method.reward_weights 1 2", "method.reward_weights: 2 weights for 1 reward functions"),
+        ("--method.temperature 0", "method.temperature = 0: the completions of a group would all be the same"),
+        ("--method.beta 0.1 --method.top_k 5", "method.beta = 0.1: a KL term needs the whole distribution"),
+        (
+            "--method.beta 0.1 --method.sync_ref_model lora:lo-ra-config",
+            "method.sync_ref_model: with lora the reference",
+        ),
+        ("--method.soft_punish_cache 2", "method.soft_punish_cache = 2: goes with soft_overlong"),
+        ("--method.reward_funcs task soft_overlong", "method.soft_punish_cache = 0: goes with soft_overlong"),
+        ("--method.reward_funcs task task", "method.reward_funcs = .* name each function once"),
+        ("--method.repetition_max_penalty 1", "method.repetition_max_penalty = 1.0: must not be positive"),
+        ("--method.reward_rules released --data.thinking", "method.reward_rules = 'released': .* no thinking format"),
+        ("--method.max_num_gen_batches 0", "method.max_num_gen_batches = 0: must be at least 1"),
         ("--method.steps_per_generation 3", "batch_size = 4: must be divisible by"),
         ("--data.weights 1 2 3", "data.weights = .*: needs one for each of data.train = .*, or none"),
         ("--metric_for_best_model a/b --data.eval", "metric_for_best_model = 'a/b': needs eval_steps and data.eval"),

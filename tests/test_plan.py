@@ -17,16 +17,16 @@ from jaxmllm import cli
 from jaxmllm.errors import InputError
 from jaxmllm.machine.mesh import make_mesh
 from jaxmllm.machine.targets import CPU, H100, V5E, MeshTarget, load_mesh, same_devices
-from jaxmllm.methods.grpo.options import GRPOOptions
-from jaxmllm.methods.update import score
+from jaxmllm.methods import DPO, GRPO, SFT, shapes
+from jaxmllm.methods.shapes import Sizes
 from jaxmllm.model import attention, hf
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.plan import advise, architecture, hlo, plan, report
 from jaxmllm.plan.flops import count
 from jaxmllm.plan.hlo import Message
-from jaxmllm.plan.programs import Programs, Sizes
 from jaxmllm.plan.roofline import Links, Times
-from jaxmllm.training.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
+from jaxmllm.rollout.scorer import score
+from jaxmllm.training.config import MeshConfig, OptimConfig, TrainConfig
 from tests.support import tiny
 
 N = 64
@@ -96,10 +96,9 @@ def test_the_model_by_formula():
     tower += 2 * patches * v.patch_pixels * v.hidden_size + 2 * patches / merged * wide * (wide + t.hidden_size)
     expected = b * (decoder + head + tower)
 
-    config = TrainConfig(name="x", batch_size=b, grpo=GRPOOptions(num_generations=g, max_completion_length=n))
     mesh = make_mesh(devices=jax.devices()[:1])
-    found = Programs(config, cfg, Sizes(b, g, frames, windows, s, n), mesh, mesh)
-    prompts, completions = found.prompts(mesh), found.completions(mesh)
+    sizes = Sizes(b, g, frames, windows, s, n)
+    prompts, completions = shapes.prompts(sizes, cfg, mesh), shapes.completions(sizes, mesh)
     flops = count(
         lambda p, x, c: score(p, cfg, x, c, Sampling()), hf.abstract_params(cfg), prompts, completions, chosen=0.5
     )
@@ -345,8 +344,8 @@ def test_the_slowest_resource_decides():
 
 
 def small(**changes) -> TrainConfig:
-    options = GRPOOptions(num_generations=4, max_completion_length=16, beta=0.04)
-    return TrainConfig(name="small", batch_size=8, remat="full", grpo=options, **changes)
+    options = GRPO(num_generations=4, max_completion_length=16, beta=0.04)
+    return TrainConfig(name="small", batch_size=8, remat="full", **{"method": options, **changes})
 
 
 def machine(gib: float = 8.0) -> MeshTarget:
@@ -397,10 +396,10 @@ def test_sampling_gathers_no_parameters(whole):
 
 def test_preferences():
     """Two answers of each prompt: the reference scores them, and the update makes the products of SFT on as many answers."""
-    dpo = plan(small(method="dpo"), machine(), cfg=tiny.config(), mesh_name="here", **SIZES)
+    dpo = plan(small(method=DPO()), machine(), cfg=tiny.config(), mesh_name="here", **SIZES)
     assert [phase.name for phase in dpo.phases] == ["score", "update"]
     assert dpo.memory["reference"] == pytest.approx(dpo.memory["parameters"], rel=0.01)
-    twice = small(method="sft", data=DataConfig(questions_per_image=2))
+    twice = small(method=SFT(questions_per_image=2))
     sft = plan(twice, machine(), cfg=tiny.config(), mesh_name="here", **SIZES).phase("update")
     assert dpo.phase("update").traced_flops == sft.traced_flops == pytest.approx(dpo.phase("update").flops, rel=0.35)
     assert dpo.phase("update").useful_flops == 3 * dpo.phase("score").useful_flops

@@ -63,7 +63,7 @@ def test_every_update_tells_the_seconds_of_its_phases(profiled):
 
 def test_a_supervised_run_tells_them_too(tmp_path):
     data = dataclasses.replace(training.config(tmp_path).data, eval=())
-    folder = train(training.config(tmp_path, method="sft", max_steps=2, data=data))
+    folder = train(training.config(tmp_path, method=SFT(), max_steps=2, data=data))
     for row in read_lines(folder / "metrics.jsonl"):
         assert phases(row).keys() == {"data", "update"}
         assert 0 < sum(phases(row).values()) <= 1.001 * row["step_time"]

@@ -51,7 +51,7 @@ def network_inputs(rng, nodes, edges, n, S=9, L=4, N=None, M=None, E=None, garba
 
 
 @cache
-def network(encoder="bilstm"):
+def small(encoder="bilstm"):
     cfg = dataclasses.replace(CFG, phrase_encoder=encoder)
     return cfg, network.init(jax.random.key(0), cfg)
 
@@ -74,7 +74,7 @@ def stacked(inputs):
 
 def test_batch_of_padded_samples_equals_each_alone():
     """Covers padding boxes, nodes, edges and words (holding NaN), different graphs in one batch, and no-edge graphs."""
-    cfg, params = network()
+    cfg, params = small()
     batch = stacked(
         [
             network_inputs(np.random.default_rng(i), *sample, N=7, M=5, E=4, garbage=np.nan)
@@ -93,7 +93,7 @@ def test_batch_of_padded_samples_equals_each_alone():
 
 
 def test_box_order_does_not_matter_and_unreachable_nodes_change_nothing():
-    cfg, params = network()
+    cfg, params = small()
     sample = SAMPLES[1]
     inputs = network_inputs(np.random.default_rng(5), *sample, N=7, M=5, E=4)
     want = run(params, cfg, inputs)
@@ -113,7 +113,7 @@ def test_box_order_does_not_matter_and_unreachable_nodes_change_nothing():
 @pytest.mark.parametrize("encoder", ["bilstm", "linear"])
 def test_network_gradients(encoder):
     """Finite, with NaN at padding; equal to finite differences where no value on the way is detached."""
-    cfg, params = network(encoder)
+    cfg, params = small(encoder)
     batch = stacked(
         [network_inputs(np.random.default_rng(i), *s, N=7, M=5, E=4, garbage=np.nan) for i, s in enumerate(SAMPLES)]
     )
@@ -144,7 +144,7 @@ def test_network_gradients(encoder):
 
 
 def test_dropout_and_options():
-    cfg, params = network()
+    cfg, params = small()
     inputs = network_inputs(np.random.default_rng(5), *SAMPLES[1], N=7, M=5, E=4)
     want = run(params, cfg, inputs)
     noisy = [run(params, cfg, inputs, jax.random.key(i))["b_root"] for i in (1, 1, 2)]

@@ -11,8 +11,9 @@ from jaxmllm import api
 from jaxmllm.data.dialogues import conversation
 from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
+from jaxmllm.methods import DPO, Unlikelihood
 from jaxmllm.runfiles import read_lines
-from jaxmllm.training.config import DataConfig, DPOConfig, OptimConfig, UnlikelihoodConfig
+from jaxmllm.training.config import DataConfig, OptimConfig
 from jaxmllm.training.loop import train
 from tests.support import training
 
@@ -43,7 +44,7 @@ def config(folder, path, **changes):
     return training.config(
         folder,
         **{
-            "method": "unlikelihood",
+            "method": Unlikelihood(),
             "trainable": r"(?!vision/).*",
             "data": DataConfig(train=(f"reflection:{path}",)),
             "optim": OptimConfig(learning_rate=1e-3, lr_scheduler_type="constant"),
@@ -76,7 +77,7 @@ def expected(path, rows, alpha, spared) -> float:
 
 def test_the_loss_is_the_sheets_and_bad_answers_become_unlikely(tmp_path, rows):
     path, found = rows
-    whole = config(tmp_path, path, max_steps=12, name="whole", unlikelihood=UnlikelihoodConfig(alpha=1.0))
+    whole = config(tmp_path, path, max_steps=12, name="whole", method=Unlikelihood(alpha=1.0))
     lines = read_lines(train(whole) / "metrics.jsonl")
     first, last = lines[0], lines[-1]
     assert first["loss"] == pytest.approx(expected(path, found, alpha=1.0, spared=True), rel=1e-4)
@@ -90,7 +91,7 @@ def test_microbatches_and_the_published_variant(tmp_path, rows):
     """Cut in two, and with the end of turn pushed down as any other token."""
     path, found = rows
     (row,) = read_lines(train(config(
-        tmp_path, path, max_steps=1, unlikelihood=UnlikelihoodConfig(penalise_end=True),
+        tmp_path, path, max_steps=1, method=Unlikelihood(penalise_end=True),
         optim=OptimConfig(learning_rate=1e-3, gradient_accumulation_steps=2),
     )) / "metrics.jsonl")  # fmt: skip
     assert row["loss"] == pytest.approx(expected(path, found, alpha=10.0, spared=False), rel=1e-4)
@@ -101,7 +102,7 @@ def test_preference(tmp_path, rows):
     path, found = rows
     slow = OptimConfig(learning_rate=1e-4, lr_scheduler_type="constant")  # ten times faster the third margin overshoots
     data = DataConfig(train=(f"preference:{path}",))
-    base = config(tmp_path, path, method="dpo", max_steps=3, data=data, optim=slow)
+    base = config(tmp_path, path, method=DPO(), max_steps=3, data=data, optim=slow)
     lines = read_lines(train(base) / "metrics.jsonl")
     assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-5) and lines[0]["rewards/margins"] == 0
     # the second update's margin is that of the scorer, on the weights after the first
@@ -135,7 +136,7 @@ def test_ranking(tmp_path, rows, cuts):
     path, found = rows
     optim = OptimConfig(learning_rate=1e-3, lr_scheduler_type="constant", gradient_accumulation_steps=cuts)
     base = config(
-        tmp_path, path, method="dpo", max_steps=2, dpo=DPOConfig(loss_type="lipo"), optim=optim,
+        tmp_path, path, method=DPO(loss_type="lipo"), max_steps=2, optim=optim,
         data=DataConfig(train=(f"preference:{path}?answers=all",)),
     )  # fmt: skip
     lines = read_lines(train(base) / "metrics.jsonl")
@@ -180,13 +181,14 @@ def test_other_data_is_refused(tmp_path, rows):
     base = config(tmp_path, rows[0])
     with pytest.raises(InputError, match="method unlikelihood learns from reflection: sources"):
         train(dataclasses.replace(base, data=DataConfig(train=("world:grounding",))))
-    with pytest.raises(InputError, match="method dpo learns from preference: sources(.|\n)*beta must be above 0"):
-        train(dataclasses.replace(base, method="dpo", dpo=DPOConfig(beta=0)))
-    with pytest.raises(InputError, match="answers=all goes with dpo.loss_type lipo"):
-        train(dataclasses.replace(base, method="dpo", data=DataConfig(train=("preference:x.jsonl?answers=all",))))
-    with pytest.raises(InputError, match="label_smoothing: goes with dpo.loss_type sigmoid"):
-        train(dataclasses.replace(base, method="dpo", dpo=DPOConfig(loss_type="lipo", label_smoothing=0.1)))
-    with pytest.raises(InputError, match=r"questions_per_image(.|\n)*alpha = -1"):
-        data = dataclasses.replace(base.data, questions_per_image=2)
-        train(dataclasses.replace(base, data=data, unlikelihood=UnlikelihoodConfig(alpha=-1)))
+    with pytest.raises(
+        InputError, match="method dpo learns from preference: sources(.|\n)*method.beta = 0: must be above 0"
+    ):
+        train(dataclasses.replace(base, method=DPO(beta=0)))
+    with pytest.raises(InputError, match="answers=all goes with method.loss_type lipo"):
+        train(dataclasses.replace(base, method=DPO(), data=DataConfig(train=("preference:x.jsonl?answers=all",))))
+    with pytest.raises(InputError, match="label_smoothing: goes with loss_type sigmoid"):
+        train(dataclasses.replace(base, method=DPO(loss_type="lipo", label_smoothing=0.1)))
+    with pytest.raises(InputError, match=r"method.alpha = -1"):
+        train(dataclasses.replace(base, method=Unlikelihood(alpha=-1)))
     assert not (tmp_path / "run").exists()

@@ -14,9 +14,9 @@ import pytest
 
 from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
-from jaxmllm.methods.grpo.rewards import Rewards, of_config
+from jaxmllm.methods import GRPO
+from jaxmllm.methods.grpo.rewards import Rewards, of_method
 from jaxmllm.tasks import counting, detection, grounding
-from jaxmllm.training.config import RolloutConfig
 from tests.support import reward_functions, training
 
 STYLE = {"style": "qwen2_5_vl", "thinking": False}
@@ -103,13 +103,10 @@ def test_rewards_of_the_tokens(tmp_path, records):
     base = training.config(tmp_path)
     names = ("repetition", "tests.support.reward_functions:checksum", "soft_overlong")
     options = dict(soft_punish_cache=4, repetition_n_grams=2, repetition_max_penalty=-0.5, reward_funcs=names)
-    config = dataclasses.replace(
-        base,
-        rollout=dataclasses.replace(base.rollout, **options),
-        grpo=dataclasses.replace(base.grpo, max_completion_length=10),
-    ).validate()
+    method = dataclasses.replace(base.method, max_completion_length=10, **options)
+    dataclasses.replace(base, method=method).validate()
     tokens = [[1, 2, 3], [7] * 8, list(range(10))]
-    table, _ = of_config(config)(["x", "y", "z"], [records[0]] * 3, tokens)
+    table, _ = of_method(method, STYLE)(["x", "y", "z"], [records[0]] * 3, tokens)
     np.testing.assert_allclose(table[:, 0], [0, -0.5 * 6 / 7, 0])
     np.testing.assert_allclose(table[:, 1], [reward_functions.checksum(text, None) for text in "xyz"])
     np.testing.assert_allclose(table[:, 2], [0, -0.5, -1])
@@ -120,25 +117,23 @@ def test_the_task_reward_gets_the_options_of_the_run(tmp_path):
     record = dict(open_source("world:detection?size=84x84&objects=3-3&length=1")[0]) | {"resized": [84, 84]}
     text = detection.answer(dict(record, boxes=record["boxes"][::-1], labels=record["labels"][::-1]))
     cases = {
-        "usual": (RolloutConfig(), {}),
-        "in order": (RolloutConfig(reward_matching="order"), {"matching": "order"}),
+        "usual": (GRPO(), {}),
+        "in order": (GRPO(reward_matching="order"), {"matching": "order"}),
         "terms": (
-            RolloutConfig(detection=detection.Weights(f1=0.5, penalty=True)),
+            GRPO(detection=detection.Weights(f1=0.5, penalty=True)),
             {"weights": detection.Weights(f1=0.5, penalty=True)},
         ),
     }
     found = {}
-    for name, (rollout, options) in cases.items():
-        config = dataclasses.replace(training.config(tmp_path), rollout=rollout)
-        table, _ = of_config(config)([text], [record])
+    for name, (method, options) in cases.items():
+        table, _ = of_method(method, STYLE)([text], [record])
         found[name] = table[0, 0]
         assert table[0, 0] == detection.reward(text, record, style="qwen2_5_vl", **options)["reward"]
     assert found["usual"] == pytest.approx(3)
     assert found["usual"] > found["terms"] > found["in order"]
     # tasks that do not know an option are not given it
     page = dict(open_source("world:ocr?size=84x84&lines=1-1&length=1")[0])
-    config = dataclasses.replace(training.config(tmp_path), rollout=cases["terms"][0])
-    assert of_config(config)([page["text"]], [page])[0][0, 0] == 1
+    assert of_method(cases["terms"][0], STYLE)([page["text"]], [page])[0][0, 0] == 1
 
 
 def test_a_reward_that_raises_in_a_process_is_named(records):
@@ -181,7 +176,7 @@ def test_what_is_no_reward(records, name, message):
 
 KILLED = """
 import os, signal
-from jaxmllm.methods.grpo.rewards import Rewards
+from jaxmllm.methods.grpo.rewards import Rewards, of_method
 if __name__ == "__main__":
     rewards = Rewards(["tests.support.reward_functions:checksum"], {}, processes=1)
     rewards(["a"], [{"id": "x"}])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxmllm.methods.update import score_jit
 from jaxmllm.model import qwen_vl
 from jaxmllm.model.logprobs import MASKED, Sampling, warp
 from jaxmllm.rollout import sampler
+from jaxmllm.rollout.scorer import score_jit
 from jaxmllm.types import Completions
 from tests.support import tiny
 

@@ -7,8 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from jaxmllm import api
-from jaxmllm.methods import cross_entropy
-from jaxmllm.methods.given import weigh_parts
+from jaxmllm.methods.sft import cross_entropy, cross_entropy_sums, weigh_parts
 
 RNG = np.random.default_rng(0)
 LOGPS = -RNG.exponential(size=(2, 3, 5))  # prompts, completions, tokens
@@ -27,7 +26,7 @@ def reference(logps, weights, norm):
 @pytest.mark.parametrize("norm", ["sample", "token"])
 def test_value_gradient_and_masked_garbage(norm):
     with jax.enable_x64(True):
-        loss = jax.jit(jax.value_and_grad(lambda x, w: cross_entropy.cross_entropy(x, w, norm)))
+        loss = jax.jit(jax.value_and_grad(lambda x, w: cross_entropy(x, w, norm)))
         value, gradient = loss(jnp.asarray(LOGPS), jnp.asarray(WEIGHTS))
         assert float(value) == pytest.approx(reference(LOGPS, WEIGHTS, norm), rel=1e-12)
         for index in np.ndindex(LOGPS.shape):
@@ -49,15 +48,15 @@ def test_long_answers_dominate_tokens_but_not_samples():
     """The two normalisers of the sheets: a 9-token answer at 1 nat and a 1-token answer at 11."""
     logps = -jnp.asarray([[1.0] * 9, [11.0] + [0.0] * 8])
     weights = jnp.asarray([[1] * 9, [1] + [0] * 8])
-    assert float(cross_entropy.cross_entropy(logps, weights, "sample")) == 6
-    assert float(cross_entropy.cross_entropy(logps, weights, "token")) == 2
+    assert float(cross_entropy(logps, weights, "sample")) == 6
+    assert float(cross_entropy(logps, weights, "token")) == 2
 
 
 @pytest.mark.parametrize("norm", ["sample", "token"])
 def test_microbatches_padding_and_bfloat16(norm):
     want = reference(LOGPS, WEIGHTS, norm)
-    sums = jax.jit(lambda x, w: cross_entropy.cross_entropy_sums(x, w, norm))
-    loss = jax.jit(lambda x, w: cross_entropy.cross_entropy(x, w, norm))
+    sums = jax.jit(lambda x, w: cross_entropy_sums(x, w, norm))
+    loss = jax.jit(lambda x, w: cross_entropy(x, w, norm))
     parts = [sums(jnp.asarray(LOGPS[:, k]), jnp.asarray(WEIGHTS[:, k])) for k in range(3)]
     assert float(sum(a for a, _ in parts) / sum(b for _, b in parts)) == pytest.approx(want, rel=1e-6)
     pad = ((0, 1), (0, 2), (0, 3))
@@ -71,7 +70,7 @@ def test_microbatches_padding_and_bfloat16(norm):
 
 def test_unknown_normaliser_is_refused():
     with pytest.raises(ValueError, match="sample or token"):
-        cross_entropy.cross_entropy(jnp.zeros((1, 1)), jnp.ones((1, 1)), "mean")
+        cross_entropy(jnp.zeros((1, 1)), jnp.ones((1, 1)), "mean")
 
 
 IN_JSON = (

@@ -12,6 +12,7 @@ import pytest
 
 from jaxmllm import api
 from jaxmllm.errors import InputError
+from jaxmllm.methods import SFT
 from jaxmllm.model.lora import LoRAConfig
 from jaxmllm.runfiles import read_lines
 from jaxmllm.training import setup
@@ -25,11 +26,10 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 def final_state(config):
     """(state, data) of the last checkpoint."""
-    run = setup.build(config)
-    found = Checkpoints(config.run_dir / "checkpoints").restore(run.state)
-    run.batches.close()
+    _, state = setup.build(config)
+    found = Checkpoints(config.run_dir / "checkpoints").restore(state)
     assert found is not None
-    return found
+    return found[0], found[2]
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +41,15 @@ def finished(tmp_path_factory):
 
 def test_what_a_run_leaves(finished):
     config, folder = finished
-    rows = read_lines(folder / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3]
+    every = read_lines(folder / "metrics.jsonl")
+    assert [row["step"] for row in every] == [0, 1, 2, 3, 3]  # an evaluation before and after the updates
+    assert all(0 <= every[k]["eval_world:grounding/IoU"] <= 1 for k in (0, -1))
+    rows = every[1:-1]
     # TRL's names
     for name in (
         "loss", "grad_norm", "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "entropy",
         "completions/clipped_ratio", "rewards/tests.support.reward_functions:checksum/mean", "num_tokens", "step_time",
-        "processor_time",
+        "processor_time", "learning_rate",
     ):  # fmt: skip
         assert all(np.isfinite(row[name]) for row in rows), name
     assert rows[0]["num_tokens"] < rows[1]["num_tokens"] < rows[2]["num_tokens"]
@@ -139,10 +141,9 @@ def test_objectives_run(tmp_path, options, rollout):
     config = dataclasses.replace(
         base,
         data=dataclasses.replace(base.data, eval=()),
-        grpo=dataclasses.replace(base.grpo, **options),
-        rollout=dataclasses.replace(base.rollout, **rollout),
+        method=dataclasses.replace(base.method, **options, **rollout),
     )
-    updates = config.rollout.num_iterations * config.rollout.steps_per_generation
+    updates = config.method.num_iterations * config.method.steps_per_generation
     rows = read_lines(train(config) / "metrics.jsonl")
     assert rows[-1]["step"] == -(-2 // updates) * updates
     assert all(np.isfinite(row["loss"]) and row["nonfinite"] == 0 for row in rows)
@@ -157,7 +158,7 @@ def test_adapters_leave_the_model_as_it_was(tmp_path):
         base,
         data=dataclasses.replace(base.data, eval=(), max_pixels=8000),
         lora=LoRAConfig(r=2, lora_alpha=4),
-        grpo=dataclasses.replace(base.grpo, beta=0.04),
+        method=dataclasses.replace(base.method, beta=0.04),
     )
     folder = train(config)
     state, _ = final_state(config)
@@ -173,14 +174,14 @@ def test_adapters_leave_the_model_as_it_was(tmp_path):
 def test_supervised_loss_falls_and_does_not_depend_on_the_cut(tmp_path):
     base = training.config(
         tmp_path,
-        method="sft",
+        method=SFT(questions_per_image=3),
         from_scratch=True,
         trainable=r"text/.*|embed",
         name="whole",
         batch_size=4,
         max_steps=8,
         save_steps=100,
-        data=DataConfig(train=(f"world:grounding?{training.SCENES}&questions=3&length=4",), questions_per_image=3),
+        data=DataConfig(train=(f"world:grounding?{training.SCENES}&questions=3&length=4",)),
         optim=OptimConfig(learning_rate=3e-3, lr_scheduler_type="constant"),
     )
     whole = read_lines(train(base) / "metrics.jsonl")
@@ -194,29 +195,31 @@ def test_supervised_loss_falls_and_does_not_depend_on_the_cut(tmp_path):
     with pytest.raises(
         InputError, match="questions_per_image = 4: of 16 pictures .* none has more than 3; set it to 3"
     ):
-        train(dataclasses.replace(base, name="more", data=dataclasses.replace(base.data, questions_per_image=4)))
+        train(dataclasses.replace(base, name="more", method=SFT(questions_per_image=4)))
 
 
 # ---------------------------------------------------------------- what goes wrong
 
 
 @pytest.mark.parametrize(
-    "rollout, message",
+    "reward, message",
     [
-        (training.rewarded_by("raises"), "reward_functions:raises failed on record 'world-.*': RuntimeError: no"),
-        (training.rewarded_by("infinite"), "returned inf, expected a finite number"),
-        (training.rewarded_by("wrong_type"), "returned str, expected a number, a dict or None"),
-        (training.rewarded_by("absent"), "reward_funcs: 'tests.support.reward_functions:absent' does not import"),
+        ("raises", "reward_functions:raises failed on record 'world-.*': RuntimeError: no"),
+        ("infinite", "returned inf, expected a finite number"),
+        ("wrong_type", "returned str, expected a number, a dict or None"),
+        ("absent", "reward_funcs: 'tests.support.reward_functions:absent' does not import"),
     ],
 )  # fmt: skip
-def test_a_bad_reward_stops_the_run(tmp_path, rollout, message):
-    config = training.config(tmp_path, rollout=rollout, data=DataConfig(train=("world:grounding?size=84x84",)))
+def test_a_bad_reward_stops_the_run(tmp_path, reward, message):
+    config = training.config(
+        tmp_path, method=training.grpo(reward), data=DataConfig(train=("world:grounding?size=84x84",))
+    )
     with pytest.raises(InputError, match=message):
         train(config)
 
 
 def test_non_finite_updates_are_skipped_counted_and_end_the_run(tmp_path):
-    base = training.config(tmp_path, max_steps=9, method="sft")
+    base = training.config(tmp_path, max_steps=9, method=SFT())
     config = dataclasses.replace(
         base,
         data=dataclasses.replace(base.data, eval=()),
@@ -224,7 +227,7 @@ def test_non_finite_updates_are_skipped_counted_and_end_the_run(tmp_path):
         save_steps=1,
         save_total_limit=9,
     )
-    state = setup.build(config).state
+    _, state = setup.build(config)
     with pytest.raises(InputError, match="2 updates in a row had a NaN or infinite gradient"):
         train(config)
     rows = read_lines(config.run_dir / "metrics.jsonl")

@@ -89,6 +89,16 @@ class Asking:
             raise InputError("messages: there is nothing to answer")
         return self.with_opening(messages)
 
+    def title(self, record: Record) -> str:
+        """What a record asks, in few words: what to find or count, or the last question of a chat."""
+        short = record.get("expression") or record.get("label")
+        if short:
+            return str(short)
+        messages = self.conversation(record)
+        content = messages[-1]["content"]
+        parts = [_text(content)] if isinstance(content, str) else content
+        return "".join(part["text"] for part in parts if part["type"] == "text")
+
     def with_opening(self, messages: Sequence[Message]) -> list[Message]:
         """A chat with the system turn, unless it has its own."""
         return list(messages) if messages[0]["role"] == "system" else [*self.opening(), *messages]

@@ -162,8 +162,8 @@ def answer_rewards(rows: Sequence[Sequence[Mapping[str, Any]]], answers: int) ->
 
 class DPOWork(given.AnswerWork):
     def __init__(self, method: "DPO", context: Context):
-        super().__init__(context, given.answer_batches(context, method.answers), method.answers)
-        self.options, self.answers = method.loss, method.answers
+        super().__init__(context, given.answer_batches(context, method.ranked), method.ranked)
+        self.options, self.answers = method.loss, method.ranked
 
     def update(self, state: TrainState, prompts: Prompts, completions: Completions, batch: Batch) -> tuple[Any, dict]:
         context = self.context
@@ -198,8 +198,8 @@ class DPO(Method, PreferenceLoss):
         return PreferenceLoss(self.loss_type, self.beta, self.label_smoothing)
 
     @property
-    def answers(self) -> int:
-        """Of each prompt, at most."""
+    def ranked(self) -> int:
+        """Answers of each prompt, at most."""
         return 2 if self.loss_type == "sigmoid" else MAX_TURNS
 
     def problems(self, facts: Facts) -> list[str]:
@@ -210,12 +210,12 @@ class DPO(Method, PreferenceLoss):
             found.append(f"method.label_smoothing = {self.label_smoothing}: must be at least 0 and below 0.5")
         if self.loss_type == "lipo" and self.label_smoothing:
             found.append("method.label_smoothing: goes with loss_type sigmoid")
-        if self.answers == 2 and any("answers=all" in spec for spec in facts.sources):
+        if self.ranked == 2 and any("answers=all" in spec for spec in facts.sources):
             found.append("data.train: answers=all goes with method.loss_type lipo; sigmoid learns from pairs")
         return found
 
     def lengths(self) -> tuple[int, int | None]:
-        return self.answers, None
+        return self.ranked, None
 
     def reference(self, lora: bool) -> bool:
         return not lora

@@ -87,15 +87,17 @@ class Report:
     metrics: dict[str, Any]  # numbers, on the host or on devices
     rows: Callable[[], "Completed"] | None = None  # a table of completions
     arrays: Callable[[], dict[str, Any]] | None = None  # what the update saw, for the dump of a non-finite one
+    nothing: str = ""  # why there was nothing to learn from, where there was not
 
 
 @dataclasses.dataclass
 class Completed:
     """Completions of a step, a row each."""
 
-    records: list[Mapping[str, Any]]
+    records: Sequence[Mapping[str, Any]]
+    prompts: list[str]  # what was asked
     texts: list[str]
-    rewards: dict[str, Sequence[float]]  # by reward function and by named part
+    rewards: Mapping[str, Sequence[float]]  # by reward function and by named part
     advantages: Sequence[float]
 
 
@@ -162,6 +164,7 @@ class Method:
     name: str = dataclasses.field(init=False, default="")  # as the registry knows the class; written into config.json
     rules: ClassVar[Rules] = ()  # where the parameters lie that the method adds
     keys: ClassVar[tuple[str, ...]] = ()  # top-level names of those parameters
+    uses_last_step: ClassVar[bool] = False  # whether its numbers depend on max_steps
     free: ClassVar[tuple[str, ...]] = ()  # options that do not enter the numbers: they may change when a run goes on
 
     def __post_init__(self) -> None:
@@ -170,6 +173,9 @@ class Method:
     def problems(self, facts: Facts) -> list[str]:
         """A line for every mistake in the options, alone or beside the rest of the config; each begins with its field."""
         return []
+
+    def check(self) -> None:
+        """Raises InputError for what the options name and is not there, before a model is loaded."""
 
     def lengths(self) -> tuple[int, int | None]:
         """(G, T): completions a prompt, and their tokens; None where the data decide."""

@@ -154,7 +154,7 @@ class WarmupWork(Work):
         pixels = context.model.processor.pixel_config
         opened = [open_source(spec) for spec in context.specs]
         # photographs: detection records made to tell what each cell of a picture shows
-        sources = [s if hasattr(s, "grid_targets") else BoxTargets(s, pixels) for s in opened]
+        sources: list[Any] = [s if hasattr(s, "grid_targets") else BoxTargets(s, pixels) for s in opened]
         threads = context.reading["threads"]
         self.batches, token_index = warmup_batches(sources, pixels, context.batch_size, context.seed, threads)
         self.context, self.token_index = context, jnp.asarray(token_index)

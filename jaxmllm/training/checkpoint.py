@@ -7,15 +7,19 @@ while writing resumes from the one before.
 import contextlib
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from jaxmllm.errors import InputError
+from jaxmllm.methods.method import Own
 from jaxmllm.types import TrainState
 
 log = logging.getLogger(__name__)
@@ -43,49 +47,92 @@ class Checkpoints:
                 best_fn=value if best_metric else None,  # what `best_step` asks
                 enable_async_checkpointing=True,
             ),
-            item_names=("state", "data"),
+            item_names=("state", "own", "data"),
         )
 
-    def save(self, state: TrainState, data: dict, metrics: dict[str, float] | None = None) -> None:
-        """Starts writing checkpoint `state.step`. `data`: JSON-able position of the data iterator and counters.
+    def save(self, state: TrainState, own: Own, data: dict, metrics: dict[str, float] | None = None) -> None:
+        """Starts writing checkpoint `state.step`.
 
-        Raises InputError when the disk is full; checkpoints already there stay valid.
+        `own`: what a step carries besides the state, arrays and JSON values. `data`: JSON-able position of the data iterator
+        and counters. A checkpoint that is there already is written again only to add `metrics`. Raises InputError when the
+        disk is full; checkpoints already there stay valid.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
-            return
+            if metrics is None or not self._best_metric or self._manager.metrics(step):
+                return
+            self.wait()
+            self._manager.delete(step)
         needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self._folder).free
         if free < needed:  # said before a half-written one takes the rest
             raise InputError(
                 f"checkpoint {step} could not be written (it takes up to {needed / 2**30:.2f} GiB, {free / 2**30:.2f} are free "
                 f"in {self._folder}); earlier checkpoints are intact"
             )
+        arrays = {name: value for name, value in own.items() if isinstance(value, jax.Array | np.ndarray)}
+        plain = {name: value for name, value in own.items() if name not in arrays}
         with _told(f"checkpoint {step}, or the one before it,"):  # the one before is written in the background
             self._manager.save(
                 step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=ocp.args.JsonSave({**data, "own": plain}),
+                    **({"own": ocp.args.StandardSave(arrays)} if arrays else {}),
+                ),
                 metrics=metrics,
             )
 
-    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict] | None:
-        """The newest (or a given) checkpoint in the shapes and shardings of `like`; None when there is none."""
-        self._manager.reload()
-        step = self._manager.latest_step() if step is None else step
-        if step is None:
-            return None
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        found = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        )
-        log.info("resumed from checkpoint %d", step)
-        return found.state, found.data
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, Own, dict] | None:
+        """(state, own, data) of the newest (or a given) checkpoint in the shapes and shardings of `like`; None without one.
 
-    def best(self, like: TrainState) -> TrainState:
-        """The state of the best checkpoint; `like` itself when none was measured."""
+        One that cannot be read is put aside as damaged_<step>, and the one before is taken. InputError when none can be.
+        """
+        self._manager.reload()
+        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+        first: Exception | None = None
+        for tried in steps:
+            try:
+                found = self._read(like, tried)
+            except Exception as error:  # the storage library raises whatever it meets
+                first = first or error
+                log.warning("checkpoint %d of %s cannot be read: %s", tried, self._folder, _short(error))
+                continue
+            if first is not None:
+                self._put_aside([other for other in steps if other > tried])
+                log.warning("going on from checkpoint %d, the newest that can be read", tried)
+            log.info("resumed from checkpoint %d", tried)
+            return found
+        if first is not None:
+            raise InputError(
+                f"{self._folder}: no checkpoint of {', '.join(map(str, steps))} can be read, or they hold other parameters "
+                f"than this config trains ({_short(first)})"
+            ) from first
+        return None
+
+    def _read(self, like: TrainState, step: int) -> tuple[TrainState, Own, dict]:
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        items: dict[str, Any] = {"state": ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore()}
+        has_own = (self._folder / str(step) / "own").exists()
+        if has_own:
+            items["own"] = ocp.args.StandardRestore()
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        data = dict(found.data)
+        own = {**data.pop("own", {}), **(dict(found.own) if has_own else {})}
+        return found.state, own, data
+
+    def _put_aside(self, steps: list[int]) -> None:
+        if jax.process_index() == 0:
+            for step in steps:
+                with contextlib.suppress(OSError):
+                    os.replace(self._folder / str(step), self._folder / f"damaged_{step}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are put aside")
+        self._manager.reload()
+
+    def best_step(self) -> int | None:
+        """The checkpoint with the best measured figure; None when none was measured."""
         self.wait()
-        step = self._manager.best_step() if self._best_metric else None
-        found = None if step is None else self.restore(like, step)
-        return like if found is None else found[0]
+        return self._manager.best_step() if self._best_metric else None
 
     def wait(self) -> None:
         """Returns when everything saved so far is on disk. Raises InputError when a background write failed."""
@@ -101,11 +148,14 @@ class Checkpoints:
                 self._manager.close()
 
 
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
     """A failed write as InputError: the background threads raise whatever the storage library does (OSError, ValueError, ..)."""
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{what} could not be written ({reason}); earlier checkpoints are intact") from error
+        raise InputError(f"{what} could not be written ({_short(error)}); earlier checkpoints are intact") from error

@@ -62,6 +62,7 @@ class TrainConfig:
     seed: int = 0
     max_steps: int = 100  # optimiser updates
     max_seconds: float = 0  # stop after this much training time; 0: no limit. Does not enter the schedule
+    resume_from: str = ""  # a run folder: begin with its newest checkpoint, under this config's schedule and rate
     batch_size: int = 16  # prompts (images in SFT) a rollout or update, over all devices
     trainable: str = r".*"  # regular expression on parameter paths, matched whole; the rest is frozen
     lora: LoRAConfig | None = None
@@ -139,6 +140,19 @@ class TrainConfig:
             lora=self.lora is not None,
             trainable=self.trainable,
         )
+
+
+FREE_FIELDS = (
+    *("max_seconds", "output_dir", "logging_steps", "save_steps", "save_total_limit", "export", "report_to"),
+    *("completions_steps", "save_pictures", "data.workers", "data.max_bad_records", "optim.max_nonfinite_steps"),
+    *("profile", "mesh", "sample_mesh"),  # another machine: the same numbers up to rounding
+)
+
+
+def free_fields(config: TrainConfig) -> tuple[str, ...]:
+    """Fields that may differ when a run goes on: they do not enter the numbers of an update."""
+    longer = config.optim.lr_scheduler_type == "constant" and not config.method.uses_last_step
+    return (*FREE_FIELDS, *(("max_steps",) if longer else ()), *(f"method.{name}" for name in config.method.free))
 
 
 def load_config(path: str | Path) -> TrainConfig:

@@ -2,269 +2,287 @@
 
 import contextlib
 import logging
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmllm.errors import InputError
-from jaxmllm.eval import harness, measure
 from jaxmllm.machine import processes
-from jaxmllm.methods.method import Context, Report
+from jaxmllm.methods.method import Context, Report, Work
+from jaxmllm.methods.optim import schedule
 from jaxmllm.model import hf, lora
 from jaxmllm.runfiles import claim
 from jaxmllm.training.checkpoint import Checkpoints
-from jaxmllm.training.config import TrainConfig
+from jaxmllm.training.config import TrainConfig, free_fields
+from jaxmllm.training.evaluating import Evaluator
+from jaxmllm.training.lock import only_here
 from jaxmllm.training.metrics import MetricsWriter, record_start
 from jaxmllm.training.profiling import Trace
-from jaxmllm.training.setup import build, eval_options, eval_sources, host_scalars
+from jaxmllm.training.setup import Opened, best_direction, build, open_data
 from jaxmllm.training.state import without_own
+from jaxmllm.training.stopping import Interrupted, Stop
+from jaxmllm.training.window import Window
 from jaxmllm.types import TrainState
 
 log = logging.getLogger(__name__)
-# may differ when a run goes on: they do not enter the numbers of an update
-FREE_FIELDS = (
-    *("max_seconds", "output_dir", "logging_steps", "save_steps", "save_total_limit", "export", "report_to"),
-    *("data.workers", "data.max_bad_records", "optim.max_nonfinite_steps"),
-    *("profile", "mesh", "sample_mesh"),  # another machine: the same numbers up to rounding
-)
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, start the same command again
-Progress = Callable[[int, dict[str, float]], None]  # called with (updates done, metrics) at every logged update
 
 
-class Interrupted(Exception):
-    """The run was told to stop and has saved itself."""
+class Watcher:
+    """Told what a run does, for a person to see. The base class looks away, or calls a function with the figures."""
+
+    def __init__(self, on_update: Callable[[int, dict[str, float]], None] | None = None):
+        self._on_update = on_update
+
+    def phase(self, what: str, done: int = 0, total: int = 0) -> None:
+        """`what` is being done; `total` 0: it is not known how much there is."""
+
+    def update(self, step: int, metrics: dict[str, float]) -> None:
+        """So many updates are done; metrics as logged."""
+        if self._on_update is not None:
+            self._on_update(step, metrics)
 
 
-def free_fields(config: TrainConfig) -> tuple[str, ...]:
-    return (*FREE_FIELDS, *(f"method.{name}" for name in config.method.free))
-
-
-@contextlib.contextmanager
-def stop_flag() -> Iterator[list[str]]:
-    """A list that names the signal once SIGINT or SIGTERM arrived; a second one acts as usual.
-
-    With several processes SIGTERM is jax's, which makes all of them stop after the same update (`distributed.told_to_stop`),
-    and SIGINT is passed on as SIGTERM.
-    """
-    received: list[str] = []
-    alone = jax.process_count() == 1
-
-    def note(number, _):
-        if not alone:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
-        received.append(signal.Signals(number).name)
-        for one, old in previous.items():
-            signal.signal(one, old)
-
-    previous = {}
-    with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
-        previous = {one: signal.signal(one, note) for one in (signal.SIGINT, signal.SIGTERM)[: 1 + alone]}
-    try:
-        yield received
-    finally:
-        for one, old in previous.items():
-            signal.signal(one, old)
-
-
-def train(config: TrainConfig, progress: Progress | None = None) -> Path:
+def train(config: TrainConfig, watcher: Watcher | Callable[[int, dict[str, float]], None] | None = None) -> Path:
     """Runs, or goes on with, the run of `config`; returns the run folder.
 
-    Raises InputError before anything is compiled when the config, data, model or run folder does not fit, and while running
-    for a failed reward, a bad record or too many non-finite updates. Raises Interrupted after SIGINT or SIGTERM, saved.
+    `watcher`: a Watcher, or only its `update`. Raises InputError before anything is compiled when the config, data, model
+    or run folder does not fit, and while running for a failed reward, a bad record or too many updates that teach nothing.
+    Raises Interrupted after SIGINT or SIGTERM, saved.
     """
-    config.validate()
-    context, state = build(config)
-    sources = eval_sources(config, context.model.processor)
-    with processes.one_after_another():
-        claim(
-            config.run_dir, config, free_fields(config), defaults=TrainConfig(config.name, method=type(config.method)())
-        )
-    checkpoints = Checkpoints(
-        config.run_dir / "checkpoints",
-        keep=config.save_total_limit,
-        best_metric=config.metric_for_best_model,
-        larger_is_better=best_direction(config.metric_for_best_model, sources) > 0,
-    )
-    with config.method.open(context) as work:
-        return _train(config, context, state, work, sources, checkpoints, progress)
-
-
-def _train(config, context, state, work, sources, checkpoints, progress):
-    trained_seconds, seen_tokens, resumed, own = 0.0, 0.0, checkpoints.restore(state), work.first_own()
-    if resumed is not None:
-        state, data = resumed
-        work.batches.set_state(data["batches"])
-        own = {name: jnp.asarray(value, jnp.float32) for name, value in data["step"].items()}
-        trained_seconds, seen_tokens = data["seconds"], data["tokens"]
-    start = int(state.step)
-    if jax.process_index() == 0:
-        record_start(config.run_dir, config.seed, jax.devices())
-    writer = MetricsWriter(
-        config.run_dir,
-        resume_step=start if resumed is not None else None,
-        report_to=config.report_to,
-        completions_steps=config.completions_steps,
-        enabled=jax.process_index() == 0,
-        config=config,
-    )
-    nonfinite: list[Any] = []  # of the updates since the last logged one
-    failed, steady = 0, None
-    began = time.monotonic() - trained_seconds
-    trace = Trace(config.run_dir / "profile", start, config.profile)
-
-    def save(metrics: dict[str, float] | None = None) -> None:
-        data = {
-            "batches": work.batches.get_state(),
-            "step": {name: min(float(value), 1e30) for name, value in own.items()},
-            "seconds": time.monotonic() - began,
-            "tokens": seen_tokens,
-        }
-        checkpoints.save(state, data, metrics)
-
-    with writer, trace, contextlib.closing(checkpoints):
-        with stop_flag() as stop:
-            if sources and start == 0 and config.eval_on_start:
-                check_best(config.metric_for_best_model, evaluate(config, context, state, sources, "before"))
-            step = start
-            while step < config.max_steps and not stop:
-                if processes.told_to_stop(step):
-                    stop.append("SIGTERM")
-                    break
-                if config.max_seconds and processes.from_all(time.monotonic() - began > config.max_seconds)[0]:
-                    break
-                trace.before(step)
-                clock, busy = time.perf_counter(), time.process_time()
-                report = None  # what the last step saw is let go before the next one draws
-                state, own, report = work.step(state, own, lambda: False)
-                assert report is not None
-                metrics = report.metrics
-                step = int(state.step)
-                nonfinite.append(metrics.get("nonfinite", 0.0))
-                if step % config.logging_steps == 0 or step >= config.max_steps:
-                    skipped = [bool(flag) for flag in jax.device_get(nonfinite)]
-                    failed = trailing(failed, skipped)
-                    nonfinite.clear()
-                    metrics = host_scalars(metrics) | {"nonfinite": float(sum(skipped))}
-                    seconds = time.perf_counter() - clock
-                    metrics |= {"step_time": seconds}
-                    # of all threads of this process: what a CPU run costs, however busy the machine is
-                    metrics["processor_time"] = time.process_time() - busy
-                    if "num_tokens" in metrics:  # the running total, as in TRL, of logged updates
-                        metrics["tokens_per_second"] = metrics["num_tokens"] / seconds
-                        seen_tokens += metrics["num_tokens"]
-                        metrics["num_tokens"] = seen_tokens
-                    if steady is not None:  # from the second logged update on: the first one compiles
-                        pace = (time.perf_counter() - steady[1]) / (step - steady[0])
-                        metrics["seconds/left"] = pace * (config.max_steps - step)
-                    steady = steady or (step, time.perf_counter())
-                    writer.log(step, metrics)
-                    if failed >= config.optim.max_nonfinite_steps:
-                        path = save_batch(report, config.run_dir / f"nonfinite_{step}.npz")
-                        raise InputError(
-                            f"{failed} updates in a row had a NaN or infinite gradient and were skipped; the last batch is "
-                            f"in {path}. Lower optim.learning_rate or look at the data"
-                        )
-                    if progress is not None:
-                        progress(step, metrics)
-                log_completions(writer, step, report)
-                if config.eval_steps and step % config.eval_steps == 0 and step < config.max_steps:
-                    found = evaluate(config, context, state, sources, f"step_{step:06d}")
-                    check_best(config.metric_for_best_model, found)
-                    writer.log(step, {f"eval_{name}": value for name, value in found.items()})
-                    save(found)
-                elif step % config.save_steps == 0:
-                    save()
-            save()
-        if stop:
-            checkpoints.wait()
-            raise Interrupted(f"{stop[0]}: saved update {step}; start the same command again to go on")
-        if config.load_best_model_at_end:
-            state = checkpoints.best(state)
-        if sources:
-            evaluate(config, context, state, sources, "after")
-    if config.export:
-        export(config, context, state, config.run_dir / "export")
+    watching = watcher if isinstance(watcher, Watcher) else Watcher(watcher)
+    opened = open_data(config.validate())
+    with contextlib.ExitStack() as stack:
+        with processes.one_after_another() as first:
+            if first:
+                stack.enter_context(only_here(config.run_dir))
+        watching.phase("loading the model")
+        context, state = build(config, opened)
+        with config.method.open(context) as work:
+            run = Run(config, context, opened, work, state, watching)
+            with run.stop.listening(), run:
+                run.go_on()
+                run.evaluate_start()
+                run.updates()
+                run.finish()
     return config.run_dir
 
 
-def best_direction(metric: str, sources: dict[str, Any]) -> int:
-    """1 where a larger value of "<source>/<figure>" is better, -1 where a smaller one is. InputError for no such source."""
-    if not metric:
-        return 1
-    figure = next((metric[len(name) + 1 :] for name in sources if metric.startswith(f"{name}/")), None)
-    if figure is None:
-        raise InputError(
-            f"metric_for_best_model = {metric!r}: write <source>/<figure>, the sources are {', '.join(sources)}"
+class Run:
+    """One start of a run: its state, and what is written about it."""
+
+    def __init__(
+        self, config: TrainConfig, context: Context, opened: Opened, work: Work, state: TrainState, watching: Watcher
+    ):
+        self.config, self.context, self.work, self.watching = config, context, work, watching
+        self.state, self.own, self.trained_seconds = state, work.first_own(), 0.0
+        with processes.one_after_another() as first:
+            changed = claim(
+                config.run_dir,
+                config,
+                free_fields(config),
+                defaults=TrainConfig(config.name, method=type(config.method)()),
+            )
+            if first:
+                record_start(config.run_dir, config.seed, jax.devices(), changed)
+        self.checkpoints = Checkpoints(
+            config.run_dir / "checkpoints",
+            keep=config.save_total_limit,
+            best_metric=config.metric_for_best_model,
+            larger_is_better=best_direction(config.metric_for_best_model, opened.evaluation) > 0,
         )
-    return measure.direction(figure) or 1
+        self.stop = Stop()
+        self.evaluator = Evaluator(config, context, work, opened.sized(context), self.stop, watching.phase)
+        self.window, self.unused, self.began = Window(), 0, time.monotonic()
+        self.resumed = False
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "Run":
+        self.stack.enter_context(contextlib.closing(self.checkpoints))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)
+
+    @property
+    def step(self) -> int:
+        return int(self.state.step)
+
+    def go_on(self) -> None:
+        """From the newest checkpoint of this folder, or of the one that the config resumes from; opens the files."""
+        config = self.config
+        found = self.checkpoints.restore(self.state)
+        if found is None and config.resume_from:
+            other = Path(config.resume_from) / "checkpoints"
+            with contextlib.closing(Checkpoints(other)) as checkpoints:
+                found = checkpoints.restore(self.state) if other.is_dir() else None
+            if found is None:
+                raise InputError(f"resume_from = {config.resume_from}: there is no checkpoint of a run in it")
+        if found is not None:
+            self.state, own, data = found
+            self.own = {name: _like(own.get(name, value), value) for name, value in self.own.items()}
+            self.work.batches.set_state(data["batches"])
+            self.trained_seconds, self.window.tokens = data["seconds"], data["tokens"]
+            self.resumed = True
+        self.began = time.monotonic() - self.trained_seconds
+        self.stop.allow(config.max_seconds, self.trained_seconds)
+        self.writer = self.stack.enter_context(
+            MetricsWriter(
+                config.run_dir,
+                resume_step=self.step if self.resumed else None,
+                report_to=config.report_to,
+                enabled=jax.process_index() == 0,
+                config=config,
+            )
+        )
+
+    # ------------------------------------------------------------ evaluations
+
+    def evaluate_start(self) -> None:
+        """Before the first update; or the evaluation in which the run was interrupted."""
+        config, step = self.config, self.step
+        if step >= config.max_steps or not self.evaluator:
+            return
+        if step == 0 and config.eval_on_start:
+            self.evaluate("before")
+        elif step and config.eval_steps and self.resumed and self.interrupted_in == step:
+            self.evaluate_here()
+
+    @property
+    def interrupted_in(self) -> int:
+        """The step whose evaluation was begun and not finished; 0: none."""
+        name = f"step_{self.step:06d}"
+        begun = (self.evaluator.folder / name).exists()
+        return self.step if begun and not self.evaluator.done(name, self.step) else 0
+
+    def evaluate(self, name: str) -> dict[str, float]:
+        """An evaluation, logged once; interrupted, everything is saved."""
+        try:
+            found = self.evaluator(self.state, name)
+        except Interrupted as stopped:
+            self.leave(str(stopped))
+        if not self.writer.has_evaluation(self.step):
+            self.writer.log(self.step, {f"eval_{figure}": value for figure, value in found.items()})
+        return found
+
+    def evaluate_here(self) -> None:
+        self.save(self.evaluate(f"step_{self.step:06d}"))
+
+    # ------------------------------------------------------------ updates
+
+    def updates(self) -> None:
+        config, step = self.config, self.step
+        trace = Trace(config.run_dir / "profile", step, config.profile)
+        with trace:
+            while step < config.max_steps and not self.stop.time_is_up():
+                trace.before(step)
+                self.watching.phase("sampling and updating" if step else "compiling the first update")
+                self.window.begin()
+                self.state, self.own, report = self.work.step(self.state, self.own, self.stop)
+                if report is not None:
+                    before, step = step, self.step
+                    self.after(before, step, report)
+                    report = None  # what the step saw is let go before the next one draws
+                if self.stop():
+                    self.leave(self.stop.signal)
+
+    def after(self, before: int, step: int, report: Report) -> None:
+        """What is due after a step from update `before` to `step`."""
+        config = self.config
+
+        def due(every: int) -> bool:
+            """A rollout makes several updates: what was due at one of them is due now."""
+            return every > 0 and step // every > before // every
+
+        found = self.window.add(report.metrics)
+        self.count_unused(step, found, report)
+        if due(config.logging_steps) or step >= config.max_steps:
+            rate = float(schedule(config.optim, config.max_steps)(step - 1))
+            metrics = self.window.close(step, config.max_steps) | {"learning_rate": rate}
+            self.writer.log(step, metrics)
+            self.watching.update(step, metrics)
+        if due(config.completions_steps):
+            self.writer.log_completions(step, report.rows() if report.rows is not None else None)
+        if self.evaluator and due(config.eval_steps) and step < config.max_steps:
+            self.evaluate_here()
+        elif due(config.save_steps):
+            self.save()
+
+    def count_unused(self, step: int, found: dict[str, float], report: Report) -> None:
+        """Steps in a row that changed nothing: a gradient that is not finite, or nothing to learn from."""
+        limit = self.config.optim.max_nonfinite_steps
+        self.unused = self.unused + 1 if found.get("nonfinite") or report.nothing else 0
+        if report.nothing:
+            log.warning("update %d learned nothing: %s", step, report.nothing)
+        if self.unused < limit:
+            return
+        self.writer.log(step, self.window.close(step, self.config.max_steps))
+        if report.nothing:
+            raise InputError(f"{self.unused} updates in a row learned nothing: {report.nothing}")
+        path = save_arrays(report, self.config.run_dir / f"nonfinite_{step}.npz")
+        raise InputError(
+            f"{self.unused} updates in a row had a NaN or infinite gradient and were skipped; the last batch is in {path}. "
+            "Lower optim.learning_rate or look at the data"
+        )
+
+    # ------------------------------------------------------------ saving, ending
+
+    def save(self, metrics: dict[str, float] | None = None) -> None:
+        data = {
+            "batches": self.work.batches.get_state(),
+            "seconds": time.monotonic() - self.began,
+            "tokens": self.window.tokens,
+        }
+        self.checkpoints.save(self.state, self.own, data, metrics)
+
+    def leave(self, signal_name: str) -> NoReturn:
+        """Saves and raises Interrupted."""
+        self.watching.phase("saving")
+        self.save()
+        self.checkpoints.wait()
+        raise Interrupted(f"{signal_name}: saved update {self.step}; start the same command again to go on")
+
+    def finish(self) -> None:
+        """The last checkpoint, the last evaluation, the export. Interrupted, they are done by the next start."""
+        config, step = self.config, self.step
+        best = config.load_best_model_at_end
+        if self.evaluator:
+            name = f"step_{step:06d}" if best else "after"
+            self.save(self.evaluate(name))
+            if best and (chosen := self.checkpoints.best_step()) is not None and chosen != step:
+                found = self.checkpoints.restore(self.state, chosen)
+                assert found is not None
+                self.state, name = found[0], f"step_{chosen:06d}"
+            self.evaluator.keep(name, "after")
+        else:
+            self.save()
+        self.checkpoints.wait()
+        if not config.export:
+            return
+        self.watching.phase("exporting")
+        try:
+            with self.stop.at_once():
+                export(config, self.context, self.state, config.run_dir / "export")
+        except Interrupted as stopped:
+            self.leave(str(stopped))
 
 
-def check_best(metric: str, found: dict[str, float]) -> None:
-    """InputError where an evaluation did not measure `metric`, the one that decides which checkpoint is best."""
-    if metric and metric not in found:
-        raise InputError(f"metric_for_best_model = {metric!r}: not measured; use one of {', '.join(found)}")
+def _like(value: Any, like: Any) -> Any:
+    """A restored value in the type and place that the method gave its first one."""
+    return jnp.asarray(value, like.dtype) if isinstance(like, jax.Array) else value
 
 
-def trailing(before: int, flags: list[bool]) -> int:
-    """How many of the last flags in a row are set, `before` having been set before them."""
-    for flag in flags:
-        before = before + 1 if flag else 0
-    return before
-
-
-def save_batch(report: Report, path: Path) -> Path:
+def save_arrays(report: Report, path: Path) -> Path:
     """What the last update saw, as .npz: the prompts or warm-up arrays, and of a rollout its completions and advantages."""
     seen = report.arrays() if report.arrays is not None else {}
     leaves = jax.tree_util.tree_leaves_with_path(seen)
     arrays = {jax.tree_util.keystr(where, simple=True, separator="."): processes.local_rows(x) for where, x in leaves}
     np.savez(path, **arrays)
     return path
-
-
-def evaluate(
-    config: TrainConfig, context: Context, state: TrainState, sources: dict[str, Any], name: str
-) -> dict[str, float]:
-    """Greedy evaluation on every source, into run_dir/eval/<name>; goes on with what the folder holds."""
-    out_dir = config.run_dir / "eval" / name
-    if (
-        jax.process_count() > 1
-    ):  # all generate together, so all go on with the same records; the first one's files are kept
-        out_dir = processes.own_copy(out_dir)
-    found = harness.evaluate(
-        lambda records: config.method.answers(state.params, records, context),
-        sources,
-        out_dir=out_dir,
-        batch_size=max(32, config.batch_size),
-        limit=config.data.eval_samples,
-        options=eval_options(config),
-        max_bad_records=config.data.max_bad_records,
-        config={"run": str(config.run_dir), "step": int(state.step)},
-        save_pictures=config.save_pictures,
-    )
-    log.info("evaluation %s: %s", name, found.flat())
-    return found.flat()
-
-
-def log_completions(writer: MetricsWriter, step: int, report: Report) -> None:
-    if report.rows is None or not writer.writes_completions(step):
-        return
-    table = report.rows()
-    writer.log_completions(
-        step,
-        [str(record.get("expression") or record.get("label") or record["id"]) for record in table.records],
-        table.texts,
-        table.rewards,
-        table.advantages,
-        [record["images"][0] if record.get("images") else None for record in table.records],
-    )
 
 
 def export(config: TrainConfig, context: Context, state: TrainState, folder: Path) -> None:

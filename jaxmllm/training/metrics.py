@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from PIL import Image
 
 from jaxmllm.data.images import load_image
 from jaxmllm.errors import InputError
+from jaxmllm.methods.method import Completed
 from jaxmllm.runfiles import JsonLines, plain, read_json, read_lines, replace_file, write_json
 
 REPORT_TO = ("tensorboard", "wandb")
@@ -60,7 +62,6 @@ class MetricsWriter:
         *,
         resume_step: int | None = None,
         report_to: Sequence[str] = ("tensorboard",),
-        completions_steps: int = 0,
         enabled: bool = True,
         config: Any = None,
     ):
@@ -71,18 +72,17 @@ class MetricsWriter:
             resume_step: last step of the checkpoint that the run goes on from: what was written about later steps is
                 removed, since these are done again. None: a fresh run.
             report_to: of "tensorboard" and "wandb", besides the JSON lines; "all" for those installed.
-            completions_steps: completions are written at steps divisible by this; 0: never.
             enabled: False makes every method do nothing.
             config: shown in W&B.
 
         Raises InputError for an unknown or uninstalled name in `report_to`.
         """
-        self.run_dir, self.completions_steps, self.enabled = Path(run_dir), completions_steps, enabled
+        self.run_dir, self.enabled = Path(run_dir), enabled
         self._board: Any = None
         self._wandb: Any = None
         if not enabled:
             return
-        chosen = _chosen(report_to)
+        chosen = chosen_trackers(report_to)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "metrics.jsonl"
         _forget_after(self.run_dir, -1 if resume_step is None else resume_step)
@@ -96,8 +96,13 @@ class MetricsWriter:
         if "wandb" in chosen:
             import wandb
 
-            name = self.run_dir.name
-            self._wandb = wandb.init(dir=str(self.run_dir), name=name, id=name, resume="allow", config=plain(config))
+            self._wandb = wandb.init(
+                dir=str(self.run_dir),
+                name=self.run_dir.name,
+                id=run_id(self.run_dir),
+                resume="allow",
+                config=plain(config),
+            )
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes the metrics of a step: numbers, or arrays of one element (which are fetched from the device here)."""
@@ -112,11 +117,19 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(values, step=int(step))
 
-    def writes_completions(self, step: int) -> bool:
-        """Whether `log_completions` writes at this step."""
-        return self.enabled and bool(self.completions_steps) and step % self.completions_steps == 0
+    def has_evaluation(self, step: int) -> bool:
+        """Whether an evaluation of this step is logged already."""
+        rows = read_lines(self.run_dir / "metrics.jsonl") if self.enabled else []
+        return any(row["step"] == step and any(name.startswith("eval_") for name in row) for row in rows)
 
-    def log_completions(
+    def log_completions(self, step: int, table: Completed | None) -> None:
+        """Writes the completions of a step; None: it had none."""
+        if table is None or not self.enabled:
+            return
+        images = [record["images"][0] if record.get("images") else None for record in table.records]
+        self._write_completions(step, table.prompts, table.texts, table.rewards, table.advantages, images)
+
+    def _write_completions(
         self,
         step: int,
         prompts: Sequence[str],
@@ -125,7 +138,7 @@ class MetricsWriter:
         advantages: Sequence[float],
         images: Sequence[Any] | None = None,
     ) -> None:
-        """Writes the completions of a step, if it is one to write. Rows of a group follow each other.
+        """Writes the completions of a step. Rows of a group follow each other.
 
         Args:
             prompts, completions: texts, one a row.
@@ -133,8 +146,6 @@ class MetricsWriter:
             advantages: one a row.
             images: first picture of each row or None; stored small, once a group, as Hugging Face's {"bytes", "path"}.
         """
-        if not self.writes_completions(step):
-            return
         rows = len(completions)
         columns: dict[str, Any] = {
             "step": pa.array([int(step)] * rows, pa.int64()),
@@ -175,7 +186,7 @@ class MetricsWriter:
         self.close()
 
 
-def _chosen(report_to: Sequence[str]) -> list[str]:
+def chosen_trackers(report_to: Sequence[str]) -> list[str]:
     names = [report_to] if isinstance(report_to, str) else list(report_to)
     if names == ["all"]:
         return [name for name in REPORT_TO if _installed(name)]
@@ -223,11 +234,26 @@ def _cell(image: Any) -> dict[str, Any] | None:
 # --- what produced the run ------------------------------------------------------------------------------------------
 
 
-def record_start(run_dir: str | Path, seed: int, devices: Sequence[Any] = ()) -> dict[str, Any]:
-    """Adds this start to `run.json` and returns its entry. `devices`: those of the run, e.g. `jax.devices()`."""
+def _run_json(run_dir: Path, seed: int | None = None) -> dict[str, Any]:
+    path = run_dir / "run.json"
+    return read_json(path) if path.exists() else {"id": uuid.uuid4().hex[:12], "seed": seed, "starts": []}
+
+
+def run_id(run_dir: Path) -> str:
+    """A name of this run that no other has, the same at every start."""
+    return str(_run_json(run_dir).get("id") or run_dir.name)
+
+
+def record_start(
+    run_dir: str | Path, seed: int, devices: Sequence[Any] = (), changed: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Adds this start to `run.json` and returns its entry.
+
+    `devices`: those of the run, e.g. `jax.devices()`. `changed`: fields that differ from the first start's config.
+    """
     path = Path(run_dir) / "run.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = read_json(path) if path.exists() else {"seed": seed, "starts": []}
+    content = _run_json(Path(run_dir), seed)
     start: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -236,6 +262,7 @@ def record_start(run_dir: str | Path, seed: int, devices: Sequence[Any] = ()) ->
         "platform": platform.platform(),
         "versions": versions(),
         "devices": _device_names(devices),
+        **({"changed": list(changed)} if changed else {}),
     }
     content["starts"].append(start)
     write_json(path, content)

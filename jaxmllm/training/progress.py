@@ -6,12 +6,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from jaxmllm.training.config import TrainConfig
+from jaxmllm.training.loop import Watcher
 
 SHOWN = ("loss", "reward", "reward_std", "kl", "entropy", "completions/mean_length", "step_time")
 
 
-class Live:
-    """A context manager; `update` is the loop's progress callback."""
+class Live(Watcher):
+    """A context manager that watches a run."""
 
     def __init__(self, config: TrainConfig, console: Console):
         self.console, self.config = console, config

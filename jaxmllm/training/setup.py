@@ -1,11 +1,12 @@
 """What a run is made of: model on the mesh, optimiser, data, checkpoints, all from one config."""
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxmllm import api
@@ -14,12 +15,15 @@ from jaxmllm.data.chat import Processor
 from jaxmllm.data.examples import Asking, Sized
 from jaxmllm.data.pipeline import agree_with_all
 from jaxmllm.data.sources import RecordSource, open_source
+from jaxmllm.errors import InputError
+from jaxmllm.eval import measure
 from jaxmllm.machine.mesh import make_mesh
 from jaxmllm.machine.processes import row_block
 from jaxmllm.machine.targets import same_devices
 from jaxmllm.methods.method import Context
 from jaxmllm.tasks import answers, ocr
 from jaxmllm.training.config import EvaluationConfig, TrainConfig
+from jaxmllm.training.metrics import chosen_trackers
 from jaxmllm.training.state import first_state, grown, layout_of
 from jaxmllm.types import TrainState
 
@@ -49,14 +53,66 @@ def load_model(config: TrainConfig, mesh: Mesh) -> api.Model:
     return api.Model(params, cfg, Processor.from_pretrained(folder, cfg, **limits), mesh, folder)
 
 
-def eval_sources(config: TrainConfig, processor: Processor) -> dict[str, RecordSource]:
-    """The evaluation sources by name: their spec without options, numbered when it repeats."""
-    found: dict[str, RecordSource] = {}
-    for spec in config.data.eval:
-        name = spec.partition("?")[0]
-        name = name if name not in found else f"{name} ({len(found)})"
-        found[name] = Sized(open_source(spec), processor.pixel_config)
-    return found
+def eval_sources(config: TrainConfig) -> dict[str, RecordSource]:
+    """The evaluation sources by name: their spec without options, or with those that tell two of a name apart."""
+    return {name: open_source(spec) for name, spec in source_names(config.data.eval).items()}
+
+
+def source_names(specs: Sequence[str]) -> dict[str, str]:
+    """Specs by a short name that keeps what tells them apart."""
+    short = [spec.partition("?")[0] for spec in specs]
+    names: dict[str, str] = {}
+    for spec, name in zip(specs, short, strict=True):
+        twins = [other for other, known in zip(specs, short, strict=True) if known == name]
+        shared = set.intersection(*(set(other.partition("?")[2].split("&")) for other in twins))
+        own = [option for option in spec.partition("?")[2].split("&") if option and option not in shared]
+        full = f"{name}?{'&'.join(own)}" if len(twins) > 1 and own else name
+        names[full if full not in names else f"{full} ({len(names)})"] = spec
+    return names
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """The data of a run, opened and looked at before a model is loaded."""
+
+    mixture: RecordSource
+    evaluation: dict[str, RecordSource]  # by name
+
+    def sized(self, context: Context) -> dict[str, RecordSource]:
+        """The evaluation sources with the sizes that the model will see."""
+        pixels = context.model.processor.pixel_config
+        return {name: Sized(source, pixels) for name, source in self.evaluation.items()}
+
+
+def best_direction(metric: str, sources: dict[str, Any]) -> int:
+    """1 where a larger value of "<source>/<figure>" is better, -1 where a smaller one is. InputError for no such source."""
+    if not metric:
+        return 1
+    figure = next((metric[len(name) + 1 :] for name in sources if metric.startswith(f"{name}/")), None)
+    if figure is None:
+        raise InputError(
+            f"metric_for_best_model = {metric!r}: write <source>/<figure>, the sources are {', '.join(sources)}"
+        )
+    return measure.direction(figure) or 1
+
+
+def open_data(config: TrainConfig) -> Opened:
+    """What can be checked without the model: data, what the method names, trackers, the metric, the output folder.
+
+    Raises InputError.
+    """
+    opened = Opened(open_mixture(config), eval_sources(config))
+    config.method.check()
+    chosen_trackers(config.report_to)
+    best_direction(config.metric_for_best_model, opened.evaluation)
+    if config.resume_from and not (Path(config.resume_from) / "checkpoints").is_dir():
+        raise InputError(f"resume_from = {config.resume_from}: there is no run with checkpoints")
+    folder = config.run_dir
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"output_dir: {config.run_dir} cannot be written ({folder} is no folder that may be written)")
+    return opened
 
 
 def system_turn(config: TrainConfig, system: str | None) -> str | None:
@@ -93,9 +149,9 @@ def open_mixture(config: TrainConfig) -> RecordSource:
     return open_source(specs if len(specs) > 1 else specs[0])
 
 
-def build(config: TrainConfig) -> tuple[Context, TrainState]:
-    """Loads, shards and opens everything. Raises InputError before anything is compiled or written."""
-    config.validate()
+def build(config: TrainConfig, opened: Opened | None = None) -> tuple[Context, TrainState]:
+    """Loads and shards the model of a config. Raises InputError before anything is compiled or written."""
+    opened = open_data(config.validate()) if opened is None else opened
     mesh = build_mesh(config)
     sample_mesh, data = build_sample_mesh(config, mesh), config.data
     model = load_model(config, mesh)
@@ -106,7 +162,7 @@ def build(config: TrainConfig) -> tuple[Context, TrainState]:
         **{field.name: getattr(layout, field.name) for field in dataclasses.fields(layout)},
         model=dataclasses.replace(model, params={}),
         specs=data.train,
-        mixture=open_mixture(config),
+        mixture=opened.mixture,
         asking=asking_of(config),
         evaluating=eval_asking(config),
         style={"style": data.style, "thinking": data.thinking},
@@ -123,8 +179,3 @@ def build(config: TrainConfig) -> tuple[Context, TrainState]:
         cache=config.run_dir / "cache",
     )
     return context, state
-
-
-def host_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics as floats, fetched together."""
-    return {name: float(np.asarray(value)) for name, value in jax.device_get(dict(metrics)).items()}

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxmllm.config import ModelConfig
-from jaxmllm.methods.update import score
 from jaxmllm.model import hf
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout import sampler
+from jaxmllm.rollout.scorer import score
 from tests.support import tiny
 
 DEPTHS = (4, 36)

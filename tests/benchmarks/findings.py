@@ -76,12 +76,13 @@ def world(task: str, tokens: int, options: str = "") -> tuple[str, ...]:
     source = TASKS[task]
     return (
         *("--data.train", f"{source}{options}&length=1000000", "--data.eval", f"{source}&split=val"),
-        *("--data.eval_samples", "512", "--method.max_completion_length", str(tokens)),
+        *("--data.eval_samples", "512", "--evaluation.max_new_tokens", str(tokens)),
     )
 
 
 def rl(group: str, task: str, *flags: str, updates: int = RL_UPDATES, thought: int = 0, after: str = "") -> Case:
-    common = (*world(task, TOKENS[task] + thought), "--max_steps", str(updates))
+    tokens = TOKENS[task] + thought
+    common = (*world(task, tokens), "--method.max_completion_length", str(tokens), "--max_steps", str(updates))
     return Case(group, QUICKSTART, (*common, *flags), after)
 
 

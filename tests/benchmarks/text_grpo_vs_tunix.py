@@ -91,8 +91,8 @@ def count_compilations() -> list[float]:
 def ours(setup: dict) -> None:
     import jax.numpy as jnp
 
-    from jaxmllm.methods.update import score_jit
     from jaxmllm.model.logprobs import Sampling
+    from jaxmllm.rollout.scorer import score_jit
     from jaxmllm.training.setup import build
     from jaxmllm.types import Completions
     from tests.benchmarks.grpo_vs_trl import config, whole_step

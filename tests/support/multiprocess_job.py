@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from jaxmllm.machine import processes
-from jaxmllm.methods.grpo.options import GRPOOptions
-from jaxmllm.training.config import DataConfig, MeshConfig, OptimConfig, RolloutConfig, TrainConfig
+from jaxmllm.methods import GRPO
+from jaxmllm.training.config import DataConfig, MeshConfig, OptimConfig, TrainConfig
 
 SCENES = "size=56x56&objects=2-3"
 
@@ -32,8 +32,14 @@ def config(folder: str | Path, **changes) -> TrainConfig:
         data=DataConfig(train=(f"world:grounding?{SCENES}&length=512",), workers=1),
         # a large epsilon: with the usual one Adam turns the rounding of a gradient near 0 into a whole step
         optim=OptimConfig(learning_rate=1e-3, lr_scheduler_type="constant", adam_epsilon=1e-3),
-        rollout=RolloutConfig(reward_funcs=("tests.support.multiprocess_job:reward",), reward_processes=0),
-        grpo=GRPOOptions(num_generations=2, max_completion_length=6, beta=0.04, scale_rewards="batch"),
+        method=GRPO(
+            num_generations=2,
+            max_completion_length=6,
+            beta=0.04,
+            scale_rewards="batch",
+            reward_funcs=("tests.support.multiprocess_job:reward",),
+            reward_processes=0,
+        ),
         save_steps=1000,
         export=False,
         completions_steps=1000,
@@ -41,7 +47,9 @@ def config(folder: str | Path, **changes) -> TrainConfig:
     for name in ("mesh", "sample_mesh"):
         if isinstance(changes.get(name), dict):
             changes[name] = MeshConfig(**changes[name])
-    return dataclasses.replace(base, **changes)
+    changes = {**changes}
+    options = changes.pop("method", {})
+    return dataclasses.replace(base, method=dataclasses.replace(base.method, **options), **changes)
 
 
 def records(folder: Path) -> list:
@@ -52,38 +60,37 @@ def main(folder: Path, changes: dict) -> int:
     import jax
     import numpy as np
 
-    from jaxmllm.methods import update as step
-    from jaxmllm.methods.grpo import rollout
+    from jaxmllm.methods.grpo import arrange, method, step
     from jaxmllm.rollout import sampler
     from jaxmllm.training import loop, setup
+    from jaxmllm.training.checkpoint import Checkpoints
 
     pause, uneven = changes.pop("pause", 0.0), changes.pop("uneven", False)
     if uneven:  # what is done for completions of several lengths, for those that a test can wait for
-        sampler.WORTH, rollout.LONG = 1, 16
-        changes["grpo"] = dataclasses.replace(config(folder).grpo, max_completion_length=16)
-    draw = rollout.GRPO.draw
+        sampler.WORTH, arrange.LONG = 1, 16
+        changes["method"] = {"max_completion_length": 16}
+    draw = method.GRPOWork.draw
 
-    def noted(self, run, batch):
+    def noted(self, state, batch, clock):
         """Which records each update saw, by process."""
         import time
 
         time.sleep(pause)
         found = processes.from_all([batch.step, [record["id"] for record in batch.records]])
         if jax.process_index() == 0:
-            step = int(run.state.step)
             with open(folder / "records.jsonl", "a") as file:
-                file.write(json.dumps([step, sorted({tuple(ids) for _, ids in found})]) + "\n")
-        return draw(self, run, batch)
+                file.write(json.dumps([int(state.step), sorted({tuple(ids) for _, ids in found})]) + "\n")
+        return draw(self, state, batch, clock)
 
-    rollout.GRPO.draw = noted
-    runs = []
-    build = setup.build
-    loop.build = lambda config: runs.append(build(config)) or runs[-1]
-    loop.train(config(folder, **changes))
+    method.GRPOWork.draw = noted
+    asked = config(folder, **changes)
+    loop.train(asked)
     assert uneven or step.grpo_step._cache_size() == 1, "an update came back in another layout than it took"
     # whole in every process, so that the first can write it
-    whole = jax.sharding.NamedSharding(runs[0].mesh, jax.sharding.PartitionSpec())
-    state = jax.jit(lambda x: x, out_shardings=whole)(runs[0].state.params)
+    context, like = setup.build(asked)
+    last, _ = Checkpoints(asked.run_dir / "checkpoints").restore(like)
+    whole = jax.sharding.NamedSharding(context.mesh, jax.sharding.PartitionSpec())
+    state = jax.jit(lambda x: x, out_shardings=whole)(last.params)
     if jax.process_index() == 0:
         leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
         np.savez(folder / "params.npz", **leaves)

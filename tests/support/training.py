@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 
-from jaxmllm.methods.grpo.options import GRPOOptions
+from jaxmllm.methods import GRPO
 from jaxmllm.runfiles import read_lines
-from jaxmllm.training.config import DataConfig, OptimConfig, RolloutConfig, TrainConfig
+from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 SCENES = "size=84x84&objects=2-3"
 
@@ -26,8 +26,7 @@ def config(folder, **changes) -> TrainConfig:
             eval_samples=4,
         ),
         optim=OptimConfig(learning_rate=1e-3, lr_scheduler_type="constant"),
-        rollout=rewarded_by("checksum"),
-        grpo=GRPOOptions(num_generations=2, max_completion_length=6),
+        method=grpo(),
         save_steps=2,
         completions_steps=2,
         save_pictures=1,
@@ -36,10 +35,20 @@ def config(folder, **changes) -> TrainConfig:
     return dataclasses.replace(base, **changes)
 
 
-def rewarded_by(name: str, **options) -> RolloutConfig:
-    """Without processes of their own, which take seconds to start; hot, so that even six tokens of two completions differ."""
-    given = {"reward_funcs": (f"tests.support.reward_functions:{name}",), "reward_processes": 0, "temperature": 1.5}
-    return RolloutConfig(**{**given, **options})
+def grpo(reward: str = "checksum", **options) -> GRPO:
+    """Groups of two, six tokens; rewards without processes of their own, which take seconds to start; hot, so that even six
+    tokens of two completions differ. `reward`: a function of `reward_functions`.
+    """
+    return GRPO(
+        **{
+            "num_generations": 2,
+            "max_completion_length": 6,
+            "reward_funcs": (f"tests.support.reward_functions:{reward}",),
+            "reward_processes": 0,
+            "temperature": 1.5,
+            **options,
+        }
+    )
 
 
 def numbers(run_dir, *left_out: str) -> list[dict]:

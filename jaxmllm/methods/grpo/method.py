@@ -137,6 +137,9 @@ class GRPO(Method, GRPOOptions):
             found.append(str(error))
         return found
 
+    def check(self) -> None:
+        rewards.of_method(self, {}).close()
+
     def work(self, context: Context) -> "GRPOWork":
         return GRPOWork(self, context)
 
@@ -198,15 +201,15 @@ class GRPOWork(Work):
             "completions": rollout.completions,
             "advantages": rollout.advantages,
         }
-        return (
-            state,
-            own,
-            Report(
-                metrics | learned | clock.metrics(),
-                rows=lambda: self.completed(groups, advantages),
-                arrays=lambda: seen,
-            ),
+        of_all = advantages.size * processes.row_block(self.context.mesh)[1]
+        nothing = "no completion got a reward: all were None, NaN or failed"
+        report = Report(
+            metrics | learned | clock.metrics(),
+            rows=lambda: self.completed(groups, advantages),
+            arrays=lambda: seen,
+            nothing=nothing if metrics.get("rewards/none") == of_all else "",
         )
+        return state, own, report
 
     # ------------------------------------------------------------ draw, reward
 
@@ -364,7 +367,11 @@ class GRPOWork(Work):
         for name in sorted({name for row in parts for name in row} - {"reward"}):
             columns[name] = [row.get(name, float("nan")) for row in parts]
         return Completed(
-            records, [text for group in groups for text in group.texts], columns, advantages.reshape(-1).tolist()
+            records,
+            [self.context.asking.title(record) for record in records],
+            [text for group in groups for text in group.texts],
+            columns,
+            advantages.reshape(-1).tolist(),
         )
 
     # ------------------------------------------------------------ score, update

@@ -111,6 +111,8 @@ def advantages_of_all(
 
     rewards, lengths, parts = jnp.asarray(joined("rewards"), jnp.float32), joined("lengths"), joined("parts")
     estimated, metrics = _estimate(rewards, jnp.asarray(lengths), jnp.asarray(joined("stopped")), names, options)
+    if none := int(np.isnan(np.asarray(rewards)).all(1).sum()):
+        metrics["rewards/none"] = none  # completions without any reward: None, NaN or failed
     for name in counts:
         metrics[name] = sum(process["counts"][name] for process in every)
     for part in sorted({name for row in parts for name in row if name != "reward"}):

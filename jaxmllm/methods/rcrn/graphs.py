@@ -58,7 +58,7 @@ class RelationEncoder(Encoder):
         example = extend(prefix, sum([head, *lines], []))
         n = len(record["entities"])
         relations = [[*spans[s], *spans[n + k], *spans[o]] for k, (s, o) in enumerate(record["edges"])]
-        seen = self.seen(record, example)
+        seen = self.seen(dict(record), example)
         return self.checked(Encoded(index, [{**seen, "spans": Spans(spans[:n], relations)}], example))
 
 
@@ -75,16 +75,16 @@ def candidates(record: Record) -> Float[np.ndarray, "n 4"]:
 class Arrays:
     """A padded batch on the host, apart from the prompts. Boxes are inclusive pixels of the resized picture."""
 
-    boxes: Float[np.ndarray, "B N 4"]
-    box_mask: Bool[np.ndarray, "B N"]
-    size: Float[np.ndarray, "B 2"]
-    grid: Int[np.ndarray, "B 3"]  # prompt position of the picture's first token, rows and columns of tokens
-    entity_words: Int[np.ndarray, "B M L"]
-    relation_words: Int[np.ndarray, "B E L"]
+    boxes: Float[Any, "B N 4"]
+    box_mask: Bool[Any, "B N"]
+    size: Float[Any, "B 2"]
+    grid: Int[Any, "B 3"]  # prompt position of the picture's first token, rows and columns of tokens
+    entity_words: Int[Any, "B M L"]
+    relation_words: Int[Any, "B E L"]
     graphs: Graphs
-    match: Bool[np.ndarray, "B"]
-    gold: Int[np.ndarray, "B"]  # candidate that is the referred object; -1: none overlaps enough, or no match
-    gold_box: Float[np.ndarray, "B 4"]
+    match: Bool[Any, "B"]
+    gold: Int[Any, "B"]  # candidate that is the referred object; -1: none overlaps enough, or no match
+    gold_box: Float[Any, "B 4"]
 
 
 def arrays(records: Sequence[Record], starts: Sequence[int], cell: int, limits: Limits) -> Arrays:

@@ -178,6 +178,7 @@ class RCRN(Method):
     max_relations: int = 3
     max_phrase_tokens: int = 24  # a relation's are those of subject, predicate and object
 
+    uses_last_step: ClassVar[bool] = True  # by grounding_first
     rules: ClassVar[Rules] = ((f"{KEY}/.*", PartitionSpec()),)
     keys: ClassVar[tuple[str, ...]] = (KEY,)
 

@@ -476,10 +476,10 @@ def apply(
         out["score_without"], out["mrr_edge"] = propagation.counterfactual_readout(
             *run, gate_match[..., 2], valid, rows, node_score
         )
-    seen = (regions, entity["app"])
+    f_app = entity["app"]
     if cfg.scores == "calibrated":  # the box's loss does not move what the beliefs read
-        seen = jax.lax.stop_gradient(seen)
-    return out | _refine(params["box"], seen[0], boxes, g, seen[1], graphs.node_mask, b_root, real, drop)
+        regions, f_app = jax.lax.stop_gradient((regions, f_app))
+    return out | _refine(params["box"], regions, boxes, g, f_app, graphs.node_mask, b_root, real, drop)
 
 
 def _refine(p, regions, boxes, g, f_app, node_mask, b_root, real, drop) -> dict[str, Array]:

@@ -1,0 +1,31 @@
+"""A config on the devices that are here, laid out as a mesh config says."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from jaxmllm.errors import InputError
+from jaxmllm.machine.targets import check_layout, load_mesh
+from jaxmllm.plan.programs import architecture
+from jaxmllm.training.config import TrainConfig
+
+
+def on_mesh(config: TrainConfig, name: str | Path) -> TrainConfig:
+    """The config with both layouts of a mesh in place of its own, for the devices that are here.
+
+    Raises InputError when there are others than the mesh's, or its layouts do not suit the model or the batch.
+    """
+    target = load_mesh(name)
+    devices = jax.device_count()
+    if target.topology and devices != target.devices:
+        raise InputError(
+            f"mesh {name}: it is made of {target.devices} x {target.chip.name}, here are {devices} "
+            f"{jax.devices()[0].device_kind}; choose another mesh, or leave --mesh out to use all devices that are here"
+        )
+    cfg = architecture(config.model)
+    train, sample = target.layouts(cfg)
+    rows = config.batch_size // config.optim.gradient_accumulation_steps // config.method.cuts()
+    check_layout(train, devices, f"mesh {name}: train", model=cfg, rows=rows)
+    check_layout(sample, devices, f"mesh {name}: sample", model=cfg, rows=config.batch_size)
+    return dataclasses.replace(config, mesh=train, sample_mesh=sample)
