@@ -4,7 +4,9 @@ Option names are TRL's and transformers' where they have one.
 """
 
 import dataclasses
+import os
 import runpy
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -160,6 +162,12 @@ def load_config(path: str | Path) -> TrainConfig:
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such config file")
+    for folder in (
+        str(path.resolve().parent),
+        os.getcwd(),
+    ):  # where a reward of one's own may lie; reward processes inherit it
+        if folder not in sys.path:
+            sys.path.append(folder)
     try:
         config: Any = runpy.run_path(str(path)).get("config")  # always the text, never bytecode of an earlier one
     except Exception as error:

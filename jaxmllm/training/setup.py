@@ -154,6 +154,13 @@ def build(config: TrainConfig, opened: Opened | None = None) -> tuple[Context, T
     opened = open_data(config.validate()) if opened is None else opened
     mesh = build_mesh(config)
     sample_mesh, data = build_sample_mesh(config, mesh), config.data
+    for name, laid_out in (("mesh", mesh), ("sample_mesh", sample_mesh)):
+        parts = laid_out.shape["replica"] * laid_out.shape["fsdp"]
+        if config.batch_size % parts:
+            raise InputError(
+                f"batch_size = {config.batch_size}: does not divide over replica x fsdp = {parts} devices of {name}; use "
+                f"--batch_size {-(-config.batch_size // parts) * parts}"
+            )
     model = load_model(config, mesh)
     params = grown(config, model.params, model.cfg)
     layout = layout_of(config, model.cfg, params, mesh, sample_mesh)

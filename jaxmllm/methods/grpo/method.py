@@ -17,6 +17,7 @@ from jaxmllm.machine.mesh import shard_batch
 from jaxmllm.methods.grpo import adaptive, plan, rewards
 from jaxmllm.methods.grpo.arrange import arrange
 from jaxmllm.methods.grpo.options import GRPOOptions
+from jaxmllm.methods.grpo.reward_calls import named
 from jaxmllm.methods.grpo.rollout import (
     Drawn,
     Group,
@@ -50,7 +51,8 @@ class GRPO(Method, GRPOOptions):
     top_k: int = 0
     min_p: float | None = None
     repetition_penalty: float = 1.0
-    # "task": the record's own; "soft_overlong", "repetition": of the tokens, see below; otherwise module:function
+    # "task": the record's own; "soft_overlong", "repetition": of the tokens, see below; otherwise module:function,
+    # file.py:function, or in a config file the function itself
     reward_funcs: tuple[str, ...] = ("task",)  # their weights: reward_weights
     reward_rules: Literal["corrected", "released"] = "corrected"  # of "task"; released: Perception-R1's, bugs included
     reward_matching: Literal["hungarian", "order"] = "hungarian"  # of "task": paired optimally, or as they are listed
@@ -65,6 +67,10 @@ class GRPO(Method, GRPOOptions):
     steps_per_generation: int = 1  # updates a pass: the rollout's prompts are cut into so many batches
     filter_groups: bool = False  # DAPO's dynamic sampling: groups whose rewards do not differ make room for others
     max_num_gen_batches: int = 10  # batches drawn for one rollout; what then is missing is filled with such groups
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "reward_funcs", tuple(map(named, self.reward_funcs)))
 
     @property
     def loss(self) -> GRPOOptions:

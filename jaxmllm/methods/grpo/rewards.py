@@ -1,15 +1,18 @@
 """Rewards: plain functions `(text, record) -> float | dict | None`, run on the host, in processes with a time limit.
 
 "task" is the reward of the record's own task, "soft_overlong" and "repetition" judge the tokens alone; anything else is
-`module:function`. A function that raises, hangs or returns something else is an error that names the function and the
-record, unless the run is told to go on without that one reward: a silent zero would be trained on.
+`module:function` or `file.py:function`. A function that raises, hangs or returns something else is an error that names the
+function and the record, unless the run is told to go on without that one reward: a silent zero would be trained on.
 """
 
 import concurrent.futures
+import contextlib
 import logging
 import math
 import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +62,26 @@ def of_method(method: "GRPO", style: Mapping[str, Any]) -> "Rewards":
         timeout=method.reward_timeout,
         skip_errors=method.reward_errors == "skip",
     )
+
+
+@contextlib.contextmanager
+def _apart_from_this_process() -> Iterator[None]:
+    """Processes that begin in the block do not run the main script again, and get no SIGINT or SIGTERM.
+
+    A signal to the whole group (Ctrl-C, a scheduler's) would end them before the run could save. A mask is inherited, where a
+    handler would be installed too late; a signal that comes meanwhile is delivered afterwards.
+    """
+    main = sys.modules["__main__"]
+    hidden = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        for name in hidden:
+            setattr(main, name, None)
+        yield
+    finally:
+        for name, value in hidden.items():
+            setattr(main, name, value)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 class Rewards:
@@ -120,8 +143,8 @@ class Rewards:
                 yield reward_calls.call(name, self._style, texts[row], records[row])
             except InputError:
                 raise
-            except Exception as error:
-                yield self._missed(name, records[row], f"{type(error).__name__}: {error}", error)
+            except reward_calls.RewardFailed as error:
+                yield self._missed(name, records[row], str(error), error)
 
     def _in_processes(self, jobs, texts, records):
         futures = self._submit(jobs, texts, records)
@@ -132,9 +155,6 @@ class Rewards:
             except InputError:
                 raise
             except (TimeoutError, concurrent.futures.BrokenExecutor) as error:
-                if futures[number].done() and isinstance(error, TimeoutError):  # raised by the function itself
-                    yield self._missed(name, records[row], f"TimeoutError: {error}", error)
-                    continue
                 why = (
                     "a process of the rewards died"
                     if futures[number].done()
@@ -143,17 +163,19 @@ class Rewards:
                 self.close(kill=True)
                 yield self._missed(name, records[row], why, error)
                 futures[number + 1 :] = self._submit(jobs[number + 1 :], texts, records)
-            except Exception as error:
-                yield self._missed(name, records[row], f"{type(error).__name__}: {error}", error)
+            except reward_calls.RewardFailed as error:
+                yield self._missed(name, records[row], str(error), error)
 
     def _submit(self, jobs, texts, records):
         if self._pool is None:
             # spawn: a forked copy of a process that runs JAX's threads can deadlock
             context = multiprocessing.get_context("spawn")
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                self._processes, mp_context=context, initializer=reward_calls.end_with_parent
+                self._processes, mp_context=context, initializer=reward_calls.prepare, initargs=(self._of_text,)
             )
-            list(self._pool.map(reward_calls.warm, range(self._processes)))
+            with _apart_from_this_process():
+                ready = self._pool.map(reward_calls.warm, range(self._processes))
+            list(ready)
         return [self._pool.submit(reward_calls.call, name, self._style, texts[row], records[row]) for name, row in jobs]
 
     def _missed(
