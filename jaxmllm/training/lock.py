@@ -19,7 +19,10 @@ STALE = 120.0  # seconds without one after which a process of another host count
 @contextlib.contextmanager
 def only_here(folder: Path) -> Iterator[None]:
     """Holds the folder inside the block. InputError naming host, process and start of another run that holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir: {folder} cannot be written ({error})") from error
     path = folder / FILE
     own = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "since": time.time()}
     for _ in range(2):
@@ -29,6 +32,8 @@ def only_here(folder: Path) -> Iterator[None]:
         except FileExistsError:
             _refuse_if_alive(folder, path)
             path.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"output_dir: {folder} cannot be written ({error})") from error
     else:
         raise InputError(f"{folder}: another run has just begun here; use another --name, or start again later")
     with os.fdopen(handle, "w") as file:
