@@ -19,7 +19,7 @@ from jaxmllm import cli
 from jaxmllm.errors import InputError
 from jaxmllm.machine import processes
 from jaxmllm.machine.targets import load_mesh
-from jaxmllm.training import loop
+from jaxmllm.training.stopping import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -190,7 +190,7 @@ def test_xpk(tmp_path):
     argv = (tmp_path / "argv").read_text().split("\0")[:-1]
     assert argv[:2] == ["workload", "create"]
     assert {"--project=p", "--zone=z", "--cluster=c", "--num-slices=2", "--dry-run"} <= set(argv)
-    assert f"--restart-on-exit-codes={loop.EXIT_INTERRUPTED}" in argv
+    assert f"--restart-on-exit-codes={EXIT_INTERRUPTED}" in argv
     command = next(a for a in argv if a.startswith("--command=")).removeprefix("--command=")
     started = command.partition("exec ")[2]
     assert shlex.split(started) == ["./launch/local.sh", *COMMAND]
@@ -211,7 +211,7 @@ def test_xpk_dry_run(tmp_path):
     job = spec["replicatedJobs"][0]["template"]["spec"]
     assert (job["completions"], job["backoffLimit"]) == (4, 0)
     policy = [rule["onExitCodes"] for rule in job["podFailurePolicy"]["rules"]]
-    assert any(loop.EXIT_INTERRUPTED in rule["values"] for rule in policy)
+    assert any(EXIT_INTERRUPTED in rule["values"] for rule in policy)
     assert not any(rule["operator"] == "In" and cli.EXIT_INPUT in rule["values"] for rule in policy)
     pod = job["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] == 180
@@ -255,7 +255,7 @@ def test_jobset():
 
 def test_skypilot(tmp_path):
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
-    assert loop.EXIT_INTERRUPTED in task["resources"]["job_recovery"]["recover_on_exit_codes"]
+    assert EXIT_INTERRUPTED in task["resources"]["job_recovery"]["recover_on_exit_codes"]
     assert cli.EXIT_INPUT not in task["resources"]["job_recovery"]["recover_on_exit_codes"]
     names = " ".join(f'"${name}"' for name in processes.EXPLICIT)
     stand_in(tmp_path / "launch", "local.sh", f"printf '%s\\n' {names} \"$@\"; exit 75")
@@ -293,7 +293,7 @@ def test_skypilot_parser(tmp_path):
     assert ran.returncode == 0, ran.stderr
     nodes, accelerators, spot, recovery, mounts, envs = json.loads(ran.stdout.splitlines()[-1])
     assert (nodes, accelerators, spot, mounts) == (1, {"H100": 8}, True, ["/runs"])
-    assert recovery["recover_on_exit_codes"] == [loop.EXIT_INTERRUPTED, 134, 137]
+    assert recovery["recover_on_exit_codes"] == [EXIT_INTERRUPTED, 134, 137]
     assert envs["COMMAND"] == shlex.join(COMMAND[:3])
 
 
@@ -303,8 +303,8 @@ def test_skypilot_parser(tmp_path):
 def test_statuses_are_the_documented_ones():
     table = dict(re.findall(r"^\| (\d+) +\| (.+?) +\|", processes.__doc__, re.MULTILINE))
     assert "mistake" in table[str(cli.EXIT_INPUT)]
-    assert "saved" in table[str(loop.EXIT_INTERRUPTED)]
-    assert set(processes.TOGETHER) == {0, loop.EXIT_INTERRUPTED}
+    assert "saved" in table[str(EXIT_INTERRUPTED)]
+    assert set(processes.TOGETHER) == {0, EXIT_INTERRUPTED}
     assert table[str(128 + signal.SIGABRT)].startswith("SIGABRT")
 
 
@@ -379,7 +379,7 @@ PROGRAM = """
 import os, signal, sys, time
 from jaxmllm.machine import processes
 mode = sys.argv[1]
-print("source", distributed.start(timeout=60), distributed.start(), flush=True)
+print("source", processes.start(timeout=60), processes.start(), flush=True)
 import jax
 print("processes", jax.process_count(), flush=True)
 me = jax.process_index()
@@ -390,10 +390,10 @@ for step in range(3000):
     if me == 1 and step == 5 and mode == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if me == 0 and step == 5 and mode == "mistake":
-        distributed.leave(2)
-    if distributed.told_to_stop(step):
+        processes.leave(2)
+    if processes.told_to_stop(step):
         print("stop", step, flush=True)
-        distributed.leave(75)
+        processes.leave(75)
         sys.exit(75)
 """
 
@@ -453,7 +453,7 @@ def test_unreachable_coordinator_is_named():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{closed.getsockname()[1]}"
-        code = "from jaxmllm import distributed; distributed.start(timeout=4)"
+        code = "from jaxmllm.machine import processes; processes.start(timeout=4)"
         ran = subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "JAX_PLATFORMS": "cpu", **variables(address, 2, 1)},

@@ -79,7 +79,8 @@ def test_gradient_over_blocks_of_the_vocabulary(options):
     for chunk in (None, 2):
         ours = gradients(lambda *a, chunk=chunk: token_logprobs(*a, sampling, chunk=chunk))
         for a, b in zip(ours, gradients(whole), strict=True):
-            np.testing.assert_allclose(a, b, atol=2e-5)
+            # float32 sums over the vocabulary: rounding grows with the largest entry, and differs between processors
+            np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
 
 
 def test_any_leading_axes():

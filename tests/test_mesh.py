@@ -16,7 +16,7 @@ from jaxmllm.machine.mesh import RULES, make_mesh, param_shardings, shard_batch,
 from jaxmllm.model import hf, lora
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout import sampler
-from jaxmllm.rollout.scorer import score
+from jaxmllm.rollout.scorer import score, score_halves
 from tests.support import tiny
 
 P = PartitionSpec
@@ -87,7 +87,7 @@ def test_short_completions_are_scored_by_themselves(sizes, batch):
 
     def run(params, prompts, completions, short):
         def loss(params):
-            logps, entropies = score(params, CFG, prompts, completions, Sampling(), None, short)
+            logps, entropies = score_halves(params, CFG, prompts, completions, Sampling(), None, short)
             return jnp.sum(logps * completions.weights) / 50, (logps, entropies)
 
         return jax.value_and_grad(loss, has_aux=True)(params)

@@ -17,6 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 from jaxmllm.errors import InputError
+from jaxmllm.methods.method import Completed
 from jaxmllm.runfiles import JsonLines, claim, differences, plain, read_json, read_lines, replace_file, write_json
 from jaxmllm.training.metrics import MetricsWriter, git_commit, record_start, scalar
 
@@ -53,12 +54,18 @@ def test_a_metric_must_be_one_number(value):
         scalar(value)
 
 
+def completed(prompts, texts, rewards, advantages, images=None) -> Completed:
+    records = [{"images": [image]} for image in images] if images else [{} for _ in texts]
+    return Completed(records, prompts, texts, rewards, advantages)
+
+
 def test_going_on_removes_what_is_done_again(tmp_path):
     rows = {"task": [1.0, 0.0], "part": [None, 0.5]}
-    with MetricsWriter(tmp_path, completions_steps=2) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for step in range(1, 8):
             writer.log(step, {"reward": step})
-            writer.log_completions(step, ["p", "p"], ["a", "b"], rows, [1, -1])
+            if step % 2 == 0:
+                writer.log_completions(step, completed(["p", "p"], ["a", "b"], rows, [1, -1]))
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 8, "rew')
     with MetricsWriter(tmp_path, resume_step=4) as writer:
@@ -77,10 +84,10 @@ def test_going_on_removes_what_is_done_again(tmp_path):
 
 def test_completions_are_trls_table(tmp_path):
     red, blue = Image.new("RGB", (640, 320), "red"), np.zeros((20, 20, 3), np.uint8)
-    with MetricsWriter(tmp_path, completions_steps=10) as writer:
+    with MetricsWriter(tmp_path) as writer:
         args = (["p", "p", "q"], ["a", "\ud800<b>", "c"], {"task": [1, 0.5, None], "iou": [0.1, math.nan, 0.3]})
-        writer.log_completions(5, *args, [1.0, -1.0, 0.0])
-        writer.log_completions(10, *args, [1.0, -1.0, 0.0], images=[red, red, blue])
+        writer.log_completions(5, None)  # a step without any
+        writer.log_completions(10, completed(*args, [1.0, -1.0, 0.0], images=[red, red, blue]))
     assert len(list((tmp_path / "completions").iterdir())) == 1
     table = pq.read_table(tmp_path / "completions" / "completions_00010.parquet")
     assert table.column_names == ["step", "prompt", "completion", "task", "iou", "advantage", "image"]
@@ -92,9 +99,9 @@ def test_completions_are_trls_table(tmp_path):
 
 
 def test_other_processes_write_nothing(tmp_path):
-    with MetricsWriter(tmp_path / "run", enabled=False, completions_steps=1) as writer:
+    with MetricsWriter(tmp_path / "run", enabled=False) as writer:
         writer.log(1, {"a": 1})
-        writer.log_completions(1, ["p"], ["c"], {}, [0])
+        writer.log_completions(1, completed(["p"], ["c"], {}, [0]))
     assert not (tmp_path / "run").exists()
 
 
@@ -214,13 +221,13 @@ def test_a_broken_line_is_named(tmp_path):
 
 def test_a_folder_keeps_its_config(tmp_path):
     config = {"name": "a", "optim": {"lr": 1e-3, "steps": 5}, "tags": ("x", "y")}
-    assert claim(tmp_path / "run", config) is False
-    assert claim(tmp_path / "run", config) is True
+    assert claim(tmp_path / "run", config) == claim(tmp_path / "run", config) == []
     with pytest.raises(InputError) as error:
         claim(tmp_path / "run", {**config, "optim": {"lr": 1e-4, "steps": 5, "clip": 1}})
     assert "optim.lr: 0.001 -> 0.0001" in str(error.value) and "optim.clip: (absent) -> 1" in str(error.value)
     assert "steps" not in str(error.value)
-    assert claim(tmp_path / "run", {**config, "optim": {"lr": 1e-3, "steps": 9}}, ignore=("optim.steps",))
+    changed = {**config, "optim": {"lr": 1e-3, "steps": 9}}
+    assert claim(tmp_path / "run", changed, ignore=("optim.steps",)) == ["optim.steps: 5 -> 9"]
 
 
 def test_differences_of_plain_values():

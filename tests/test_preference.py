@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmllm.methods import preference
+from jaxmllm.methods import dpo as preference
 
 RNG = np.random.default_rng(1)
 B, G, T = 4, 5, 6

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from jaxmllm import cli
+from jaxmllm.methods import SFT
 from jaxmllm.runfiles import read_lines
 from jaxmllm.training import profiling
 from jaxmllm.training.loop import train
@@ -30,7 +31,7 @@ def profiled(tmp_path_factory):
     config = training.config(folder, max_steps=UPDATES, save_steps=UPDATES, data=data)
     path = folder / "config.py"
     path.write_text(
-        f"from tests import training\nfrom jaxmllm.training.config import DataConfig\n"
+        f"from tests.support import training\nfrom jaxmllm.training.config import DataConfig\n"
         f"config = training.config({str(folder)!r}, max_steps={UPDATES}, save_steps={UPDATES}, data={data!r})\n"
     )
     assert cli.main(["train", str(path), "--profile"]) == 0

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxmllm.methods.unlikelihood import dialogue_sigma
 from jaxmllm.rollout import reflect as r
 from jaxmllm.tasks import captioning
 
@@ -244,11 +245,11 @@ def test_judged_candidates_drop_what_cannot_be_read():
 
 def test_sigma_and_training_conversation():
     vlm, rule = of_length([3, 6.5, 10], 3), of_length([0.3, 0.45, 0.6], 3, "rule")
-    np.testing.assert_allclose(r.dialogue_sigma(vlm), [0.3, 0.65, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(r.dialogue_sigma(rule), [0.5, 0.75, 1.0], rtol=1e-6)  # the best answer is fully imitated
-    np.testing.assert_allclose(r.dialogue_sigma(rule, "source_max"), [0.3, 0.45, 0.6], rtol=1e-6)
-    np.testing.assert_allclose(r.dialogue_sigma(rule, "source_max", 0.5), [0.6, 0.9, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(r.dialogue_sigma(vlm, "dialogue_max"), [0.3, 0.65, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(dialogue_sigma(vlm), [0.3, 0.65, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(dialogue_sigma(rule), [0.5, 0.75, 1.0], rtol=1e-6)  # the best answer is fully imitated
+    np.testing.assert_allclose(dialogue_sigma(rule, "source_max"), [0.3, 0.45, 0.6], rtol=1e-6)
+    np.testing.assert_allclose(dialogue_sigma(rule, "source_max", 0.5), [0.6, 0.9, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(dialogue_sigma(vlm, "dialogue_max"), [0.3, 0.65, 1.0], rtol=1e-6)
     messages = r.conversation(vlm, vlm["question"], vlm["turns"])
     assert [m["role"] for m in messages] == ["user", "assistant"] * 3
     assert [text for role, text in texts(messages) if role == "assistant"] == [t["response"] for t in vlm["turns"]]

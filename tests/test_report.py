@@ -14,6 +14,7 @@ from PIL import Image
 
 from jaxmllm.errors import InputError
 from jaxmllm.eval.harness import evaluate
+from jaxmllm.methods.method import Completed
 from jaxmllm.report import curves, verdict
 from jaxmllm.report.curves import Series
 from jaxmllm.report.html import write_report
@@ -96,7 +97,7 @@ def make_run(folder, before=0.3, after=0.9, extra="", label="thing", steps=60):
                 save_pictures=3,
                 n_resamples=200,
             )
-    with MetricsWriter(folder, completions_steps=20, report_to=()) as writer:
+    with MetricsWriter(folder, report_to=()) as writer:
         for step in range(1, steps + 1):
             reward = 0.5 + 0.3 * step / steps + 0.01 * math.sin(step)
             writer.log(
@@ -106,7 +107,10 @@ def make_run(folder, before=0.3, after=0.9, extra="", label="thing", steps=60):
             texts = [f"completion {k} {extra}" for k in range(8)]
             images = [source[g * 2]["images"][0] for g in range(2) for _ in range(4)]
             rewards = {label + extra.encode("utf-8", "replace").decode(): [k / 8 for k in range(8)]}
-            writer.log_completions(step, prompts, texts, rewards, [1, 0.5, -0.5, -1.25] * 2, images)
+            if step % 20 == 0:
+                asked = [{"images": [image]} for image in images]
+                table = Completed(asked, prompts, texts, rewards, [1, 0.5, -0.5, -1.25] * 2)
+                writer.log_completions(step, table)
     return folder
 
 

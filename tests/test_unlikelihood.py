@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from jaxmllm.methods import cross_entropy
 from jaxmllm.methods import unlikelihood as ul
+from jaxmllm.methods.sft import cross_entropy
 
 B, S, V, T = 3, 7, 5, 3
 REDUCTIONS = ("dialogue", "token", "turn_mean", "sum")
@@ -272,7 +272,7 @@ def test_full_reward_is_plain_supervised_training():
         mask, out = turn_id > 0, []
         for reduction, norm in (("dialogue", "sample"), ("token", "token")):
             got = ul.reflective_unlikelihood(logps, turn_id, sigma, reduction=reduction)
-            out.append((got, cross_entropy.cross_entropy(logps, mask, norm)))
+            out.append((got, cross_entropy(logps, mask, norm)))
         return out
 
     for got, want in both(**example | {"sigma": jnp.ones((B, T))}):

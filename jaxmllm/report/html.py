@@ -102,6 +102,11 @@ def _key() -> Html:
     return tag("p", *(tag("span", entry) for entry in entries), class_="key")
 
 
+def _method(method: Any) -> Any:
+    """A method's name; config files of earlier versions hold it alone."""
+    return method.get("name") if isinstance(method, Mapping) else method
+
+
 def _facts(run: Path, config: Mapping[str, Any], info: Mapping[str, Any]) -> Html:
     """One line of what was run."""
     start = info["starts"][-1] if info.get("starts") else {}
@@ -111,7 +116,7 @@ def _facts(run: Path, config: Mapping[str, Any], info: Mapping[str, Any]) -> Htm
     devices = ", ".join(f"{count} x {name}" for name, count in (start.get("devices") or {}).items())
     versions = start.get("versions") or {}
     facts = {
-        "method": config.get("method"),
+        "method": _method(config.get("method")),
         "model": config.get("model"),
         "seed": info.get("seed", config.get("seed")),
         "steps": f"{max(row['step'] for row in rows):,}" if rows else None,

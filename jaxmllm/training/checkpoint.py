@@ -69,7 +69,7 @@ class Checkpoints:
                 f"checkpoint {step} could not be written (it takes up to {needed / 2**30:.2f} GiB, {free / 2**30:.2f} are free "
                 f"in {self._folder}); earlier checkpoints are intact"
             )
-        arrays = {name: value for name, value in own.items() if isinstance(value, jax.Array | np.ndarray)}
+        arrays = {name: _host(value) for name, value in own.items() if isinstance(value, jax.Array | np.ndarray)}
         plain = {name: value for name, value in own.items() if name not in arrays}
         with _told(f"checkpoint {step}, or the one before it,"):  # the one before is written in the background
             self._manager.save(
@@ -146,6 +146,12 @@ class Checkpoints:
             # a failed write is reported once; closing ends the threads all the same
             with contextlib.suppress(Exception):
                 self._manager.close()
+
+
+def _host(value: Any) -> Any:
+    """An array that every process has whole as numpy, which is how several processes save it."""
+    spread = isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated)
+    return value if spread else np.asarray(value)
 
 
 def _short(error: Exception) -> str:

@@ -57,8 +57,8 @@ def write(setup: dict) -> None:
     from PIL import Image
 
     from jaxmllm import api
-    from jaxmllm.training.setup import build
     from tests.benchmarks.peers_48m import write_preprocessors
+    from tests.benchmarks.running import Running
 
     folder = Path(setup["folder"])
     shutil.rmtree(folder, ignore_errors=True)
@@ -68,12 +68,12 @@ def write(setup: dict) -> None:
     write_preprocessors(folder, {name: sizes[name] for name in kept})
     template = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
     (folder / "chat_template.jinja").write_text(template)
-    run = build(config(setup))
+    run = Running(config(setup))
     rows = []
     for _ in range(setup["max_steps"]):
-        batch = next(run.batches)
+        batch = next(run.work.batches)
         for record, tokens, n in zip(batch.records, batch.prompts.tokens, batch.prompts.lengths, strict=True):
-            (turn,) = run.asking.conversation(record)
+            (turn,) = run.context.asking.conversation(record)
             picture, question = turn["content"]
             assert picture["type"] == "image", turn
             path = folder / f"{len(rows)}.png"
@@ -81,7 +81,7 @@ def write(setup: dict) -> None:
             known = {name: value for name, value in record.items() if name != "images"}
             row = {"question": question["text"], "image": path.name, "record": known, "tokens": tokens[:n].tolist()}
             rows.append(json.dumps(row, default=lambda x: x.tolist()))
-    run.batches.close()
+    run.close()
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
 
 
@@ -89,14 +89,14 @@ def write(setup: dict) -> None:
 
 
 def ours(setup: dict) -> None:
-    from jaxmllm.training.setup import build, host_scalars
+    from tests.benchmarks.running import Running
 
     imported = peak_mib()
 
     def run(case: dict) -> dict:
-        run = build(config(setup))
-        rows = [host_scalars(run.step(run, next(run.batches))) for _ in range(setup["max_steps"])]
-        run.batches.close()
+        run = Running(config(setup))
+        rows = [run.step() for _ in range(setup["max_steps"])]
+        run.close()
         return {name: [row[name] for row in rows] for name in ("reward", "kl", "completions/mean_length")}
 
     serve(run, ("jax", "jaxlib", "flax"), imported)

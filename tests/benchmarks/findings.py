@@ -98,20 +98,22 @@ def sft(group: str, task: str, *flags: str, updates: int, thought: int = 0) -> C
 
 def few(task: str) -> tuple[str, ...]:
     """Few pictures with one question each, again and again. After the flags of `world`: the last of a name counts."""
-    return ("--data.train", f"{TASKS[task]}&length={FEW}", "--method.questions_per_image", "1")
+    return ("--data.train", f"{TASKS[task]}&length={FEW}")
 
 
 def group_size(g: int) -> tuple[str, ...]:
     return ("--method.num_generations", str(g), "--batch_size", str(128 // g))
 
 
+ONE_QUESTION = ("--method.questions_per_image", "1")  # of a picture; the last of a flag counts
 CASES: dict[str, Case] = {
     **{f"{task}_rl": rl("sft", task) for task in TASKS},
     **{f"{task}_sft": sft("sft", task, updates=SFT_UPDATES[task]) for task in TASKS},
     # the paper's case: answers are few. SFT is evaluated as it goes, to see whether it should have stopped
     **{f"{task}_few_rl": rl("few", task, *few(task)) for task in FEW_TASKS},
     **{
-        f"{task}_few_sft": sft("few", task, *few(task), "--eval_steps", "20", updates=FEW_UPDATES) for task in FEW_TASKS
+        f"{task}_few_sft": sft("few", task, *few(task), *ONE_QUESTION, "--eval_steps", "20", updates=FEW_UPDATES)
+        for task in FEW_TASKS
     },
     **{
         f"{task}_in_order": rl("matching", task, "--method.reward_matching", "order")

@@ -36,8 +36,8 @@ COLUMNS = (
 
 def config(setup: dict):
     """The run of `setup`."""
-    from jaxmllm.methods.grpo.options import GRPOOptions
-    from jaxmllm.training.config import DataConfig, OptimConfig, RolloutConfig, TrainConfig
+    from jaxmllm.methods import GRPO
+    from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
     return TrainConfig(
         name="benchmark",
@@ -49,18 +49,19 @@ def config(setup: dict):
         remat=setup["remat"],
         data=DataConfig(train=(setup["data"],)),
         optim=OptimConfig(learning_rate=setup["learning_rate"], lr_scheduler_type="constant"),
-        rollout=RolloutConfig(reward_funcs=(setup["reward"],), reward_processes=0),
-        grpo=GRPOOptions(
-            num_generations=setup["generations"], max_completion_length=setup["new_tokens"], beta=setup["beta"]
+        method=GRPO(
+            num_generations=setup["generations"],
+            max_completion_length=setup["new_tokens"],
+            beta=setup["beta"],
+            reward_funcs=(setup["reward"],),
+            reward_processes=0,
         ),
     )
 
 
 def whole_step(run) -> dict[str, float]:
     """One GRPO step of `run`: seconds of its parts (`rollout` is all but the update), mean length and mean reward."""
-    from jaxmllm.training.setup import host_scalars
-
-    metrics = host_scalars(run.step(run, next(run.batches)))
+    metrics = run.step()
     update, sampling = metrics["seconds/update"], metrics["seconds/sample"]
     spent = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
     length, reward = metrics["completions/mean_length"], metrics["reward"]
@@ -68,10 +69,10 @@ def whole_step(run) -> dict[str, float]:
 
 
 def ours(setup: dict) -> None:
-    from jaxmllm.training.setup import build
+    from tests.benchmarks.running import Running
 
     imported = peak_mib()
-    run = build(config(setup))
+    run = Running(config(setup))
     serve(lambda case: whole_step(run), ("jax", "flax"), imported)
 
 

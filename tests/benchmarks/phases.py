@@ -131,8 +131,10 @@ class Phases:
         """Phase -> (jitted function, arguments, static and named arguments)."""
         import jax.numpy as jnp
 
-        from jaxmllm.methods.update import Rollout, encode_jit, grpo_step, score_jit, sft_step
+        from jaxmllm.methods.grpo.step import Rollout, grpo_step
+        from jaxmllm.methods.sft import sft_step
         from jaxmllm.rollout import sampler
+        from jaxmllm.rollout.scorer import encode_jit, score_jit
 
         size, cfg = self.size, self.cfg
         written = dict(num_generations=size.generations, max_new_tokens=size.new_tokens, stop_ids=(), pad_id=0)

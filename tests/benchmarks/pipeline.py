@@ -8,6 +8,7 @@ compile and are left out. `waiting` is the median share of a step in which the t
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import statistics
@@ -31,10 +32,10 @@ def quickstart(threads: int):
 
 def alone(config, batches: int) -> dict[str, float]:
     """Batches made ahead by nobody's leave; the first ones, which fill the queue, are not counted."""
-    from jaxmllm.training.setup import build
+    from tests.benchmarks.running import Running
 
-    made = build(config).batches
-    with made:
+    made = Running(config).work.batches
+    with contextlib.closing(made):
         for _ in range(8):
             next(made)
         began = time.perf_counter()

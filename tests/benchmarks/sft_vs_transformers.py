@@ -43,7 +43,8 @@ def ours(setup: dict) -> None:
 
     from jaxmllm.config import load_model_config
     from jaxmllm.methods.optim import make_optimizer
-    from jaxmllm.methods.update import Update, sft_step
+    from jaxmllm.methods.sft import sft_step
+    from jaxmllm.methods.update import Update
     from jaxmllm.model import hf
     from jaxmllm.training.config import OptimConfig
     from jaxmllm.types import Completions, TrainState

@@ -93,20 +93,20 @@ def ours(setup: dict) -> None:
 
     from jaxmllm.model.logprobs import Sampling
     from jaxmllm.rollout.scorer import score_jit
-    from jaxmllm.training.setup import build
     from jaxmllm.types import Completions
     from tests.benchmarks.grpo_vs_trl import config, whole_step
+    from tests.benchmarks.running import Running
 
     imported, compiled = peak_mib(), count_compilations()
     plan = config(setup)
-    run = build(
+    run = Running(
         dataclasses.replace(
-            plan, trainable=r"(?!vision/).*", grpo=dataclasses.replace(plan.grpo, loss_type=setup["loss"])
+            plan, trainable=r"(?!vision/).*", method=dataclasses.replace(plan.method, loss_type=setup["loss"])
         )
     )
 
     def mean_logp() -> float:
-        prompts = next(run.batches).prompts
+        prompts = next(run.work.batches).prompts
         if (prompts.lengths != setup["prompt_tokens"]).any():
             raise SystemExit(f"prompts of {prompts.lengths} tokens, not {setup['prompt_tokens']}")
         tokens = jnp.broadcast_to(
@@ -114,7 +114,7 @@ def ours(setup: dict) -> None:
         )
         lengths = jnp.full(tokens.shape[:2], setup["new_tokens"])
         completions = Completions(tokens, lengths, jnp.ones(tokens.shape))
-        logps, _ = score_jit(run.state.params, run.model.cfg, prompts, completions, Sampling())
+        logps, _ = score_jit(run.state.params, run.context.cfg, prompts, completions, Sampling())
         return float(logps.mean())
 
     def step(case: dict) -> dict:

@@ -88,7 +88,7 @@ def main(folder: Path, changes: dict) -> int:
     assert uneven or step.grpo_step._cache_size() == 1, "an update came back in another layout than it took"
     # whole in every process, so that the first can write it
     context, like = setup.build(asked)
-    last, _ = Checkpoints(asked.run_dir / "checkpoints").restore(like)
+    last, _, _ = Checkpoints(asked.run_dir / "checkpoints").restore(like)
     whole = jax.sharding.NamedSharding(context.mesh, jax.sharding.PartitionSpec())
     state = jax.jit(lambda x: x, out_shardings=whole)(last.params)
     if jax.process_index() == 0:

@@ -54,6 +54,8 @@ def named(function: str | Reward) -> str:
     if module is not None and module.__name__ != "__main__" and getattr(module, name, None) is function:
         return f"{module.__name__}:{name}"
     file = Path(function.__code__.co_filename)
+    if not file.is_file():  # of a notebook: known in this process alone
+        return f"__main__:{name}"
     return f"{os.path.relpath(file) if file.is_relative_to(Path.cwd()) else file}:{name}"
 
 
