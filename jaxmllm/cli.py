@@ -8,14 +8,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
 from jaxmllm.commands import reflect, tpl
 from jaxmllm.errors import EXIT_INPUT, InputError
-
-Many = tyro.conf.UseAppendAction
+from jaxmllm.flags import finite, flag_types, spelled
 
 
 def _console(quiet: bool = False) -> Any:
@@ -27,8 +26,8 @@ def _console(quiet: bool = False) -> Any:
 def sample(
     model: str = "tiny",
     prompt: str = "Describe this image.",
-    image: Annotated[tuple[Path, ...], Many] = (),
-    video: Annotated[tuple[Path, ...], Many] = (),
+    image: tuple[Path, ...] = (),
+    video: tuple[Path, ...] = (),
     fps: float = 2.0,
     system: str | None = None,
     num_generations: int = 1,
@@ -154,7 +153,7 @@ def convert(
 
 
 def evaluate(
-    data: Annotated[tuple[str, ...], Many],
+    data: tuple[str, ...],
     model: str = "tiny",
     out: Path = Path("runs/eval"),
     task: str | None = None,
@@ -198,6 +197,8 @@ def evaluate(
     config = TrainConfig("eval", data=DataConfig(style=style, thinking=thinking))
     config = dataclasses.replace(config, evaluation=EvaluationConfig(system=system, wording=wording, rules=rules))
     asking, options = eval_asking(config), eval_options(config)
+    if not data:
+        raise InputError("--data: name a source, such as world:grounding?split=val")
     extra = {} if task is None else {"task": task}
     opened = {spec: open_source(spec, **(extra if spec.startswith("coco:") else {})) for spec in data}
     loaded = api.load(model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
@@ -318,7 +319,17 @@ def train(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _elsewhere(line: str) -> Any:
+    """A command that reads its arguments by itself, as a line of `--help`."""
+
+    def command() -> None: ...
+
+    command.__doc__ = line
+    return command
+
+
 COMMANDS: dict[str, Any] = {
+    "train": _elsewhere("Train or go on with a run: CONFIG.py [--field value ...]; GRPO, SFT, DPO and others."),
     "sample": sample,
     "score": score,
     "reflect": reflect,
@@ -326,8 +337,20 @@ COMMANDS: dict[str, Any] = {
     "convert": convert,
     "eval": evaluate,
     "report": report,
+    "plan": _elsewhere("Memory, products and time of a config on a machine that is not here: CONFIG.py --mesh MESH."),
+    "data": _elsewhere("Look at data: preview draws a source's records, materialise writes a slice of the world."),
 }
 DATA_COMMANDS: dict[str, Any] = {"preview": preview, "materialise": materialise}
+
+
+def _call(commands: Mapping[str, Any], arguments: Sequence[str], prog: str, description: str | None) -> int:
+    """Runs one of `commands` with its flags."""
+    name, rest = arguments[:1], arguments[1:]
+    if name and name[0] in commands:
+        rest = spelled(rest, flag_types(commands[name[0]]))
+    checked = {name: finite(command) for name, command in commands.items()}
+    tyro.extras.subcommand_cli_from_dict(checked, args=[*name, *rest], prog=prog, description=description)
+    return 0
 
 
 def _keep_freed_memory() -> None:
@@ -367,15 +390,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return plan(arguments[1:])
         if arguments and arguments[0] == "data":
-            tyro.extras.subcommand_cli_from_dict(DATA_COMMANDS, args=arguments[1:], prog="jaxmllm data")
-            return 0
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS | {"data": lambda: None, "train": lambda: None, "plan": lambda: None},
-            args=arguments,
-            prog="jaxmllm",
-            description=__doc__,
-        )
-        return 0
+            return _call(DATA_COMMANDS, arguments[1:], "jaxmllm data", "Look at data before a model does.")
+        return _call(COMMANDS, arguments, "jaxmllm", __doc__)
     except InputError as error:
         if debug:
             raise

@@ -5,6 +5,7 @@ Token ids, vision-token counts and positions equal those of transformers' Qwen2-
 
 import dataclasses
 import numbers
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -78,8 +79,7 @@ class Processor:
         `min_pixels` and `max_pixels` override the limits of a resized image, and of a video frame.
         Raises InputError naming the file that is missing or does not fit.
         """
-        from transformers import AutoTokenizer  # slow to import, and not needed to collate
-
+        AutoTokenizer = _auto_tokenizer()
         folder = Path(folder)
         model_config = model_config or load_model_config(folder)
         try:
@@ -261,6 +261,21 @@ class Processor:
             np.concatenate(parts, axis=-1).astype(np.int32) for parts in zip(*runs, strict=True)
         )
         return Example(text, tokens, positions, int(positions.max()) + 1, frame_of, token_of, vision)
+
+
+def _auto_tokenizer() -> Any:
+    """transformers' class, which is slow to import and not needed to collate; without its advice to install PyTorch."""
+    silent = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(silent)
+    os.environ[silent] = "1"
+    try:
+        from transformers import AutoTokenizer
+    finally:
+        if before is None:
+            del os.environ[silent]
+        else:
+            os.environ[silent] = before
+    return AutoTokenizer
 
 
 def position_grid(frames: Frames, config: ModelConfig) -> Int[np.ndarray, "3 f rows columns"]:

@@ -410,7 +410,10 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         if hint is bool:
             return {"": True, "1": True, "true": True, "0": False, "false": False}[value.lower()]
         if hint in (int, float):
-            return hint(value)
+            number = hint(value)
+            if not math.isfinite(number):
+                raise ValueError
+            return number
         if typing.get_origin(hint) is tuple:
             if arms == (int, int):
                 numbers = [int(n) for n in value.replace("-", ",").replace("x", ",").split(",")]

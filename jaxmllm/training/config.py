@@ -4,6 +4,7 @@ Option names are TRL's and transformers' where they have one.
 """
 
 import dataclasses
+import math
 import os
 import runpy
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxmllm import methods
+from jaxmllm import flags, methods
 from jaxmllm.errors import InputError
 from jaxmllm.machine.mesh import MeshConfig
 from jaxmllm.methods.grpo.method import GRPO
@@ -67,7 +68,7 @@ class TrainConfig:
     resume_from: str = ""  # a run folder: begin with its newest checkpoint, under this config's schedule and rate
     batch_size: int = 16  # prompts (images in SFT) a rollout or update, over all devices
     trainable: str = r".*"  # regular expression on parameter paths, matched whole; the rest is frozen
-    lora: LoRAConfig | None = None
+    lora: LoRAConfig | None = None  # None: no adapters. --lora.r 8 and its like turn them on, --lora None off
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matrix products
     remat: Remat = "none"
@@ -96,28 +97,33 @@ class TrainConfig:
 
     def validate(self) -> "TrainConfig":
         """Raises InputError with one line per problem, each beginning with its field."""
-        problems = []
-        for name in ("max_steps", "batch_size", "logging_steps", "save_steps", "save_total_limit"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name} = {getattr(self, name)}: must be at least 1")
+        numbers = list(flags.numbers(self))
+        problems = [f"{name} = {value}: must be a finite number" for name, value in numbers if not math.isfinite(value)]
+        if problems:  # what is compared with NaN passes, and what is computed from it fails
+            raise InputError(f"config {self.name!r}:\n  " + "\n  ".join(problems))
+        for name, value in numbers:
+            if value < (least := AT_LEAST.get(name, -math.inf)):
+                problems.append(f"{name} = {value}: must be at least {least}")
         cut = self.optim.gradient_accumulation_steps
         if cut < 1 or self.batch_size % cut:
             problems.append(
                 f"batch_size = {self.batch_size}: must be divisible by optim.gradient_accumulation_steps = {cut}"
             )
-        if self.optim.learning_rate <= 0:
-            problems.append(f"optim.learning_rate = {self.optim.learning_rate}: must be above 0")
+        for field in ("learning_rate", "adam_epsilon"):
+            if getattr(self.optim, field) <= 0:
+                problems.append(f"optim.{field} = {getattr(self.optim, field)}: must be above 0")
+        for field in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self.optim, field) < 1:
+                problems.append(f"optim.{field} = {getattr(self.optim, field)}: must be at least 0 and below 1")
         if self.data.weights and len(self.data.weights) != len(self.data.train):
             problems.append(
                 f"data.weights = {self.data.weights}: needs one for each of data.train = {self.data.train}, or none"
             )
-        best, tokens = self.metric_for_best_model, self.evaluation.max_new_tokens
+        best = self.metric_for_best_model
         if best and not (self.eval_steps and self.data.eval):
             problems.append(f"metric_for_best_model = {best!r}: needs eval_steps and data.eval to be measured")
         if self.load_best_model_at_end and not best:
             problems.append("load_best_model_at_end: name the metric in metric_for_best_model")
-        if tokens is not None and tokens < 1:
-            problems.append(f"evaluation.max_new_tokens = {tokens}: must be at least 1")
         if self.data.style not in answers.STYLES:
             problems.append(f"data.style = {self.data.style!r}: use one of {', '.join(answers.STYLES)}")
         problems += self.method.problems(self.facts)
@@ -144,6 +150,17 @@ class TrainConfig:
         )
 
 
+# 0 is "never" of an interval and "no limit" of a time; a flag that is not here may have any finite value
+AT_LEAST = {
+    **dict.fromkeys(("max_steps", "batch_size", "logging_steps", "save_steps", "save_total_limit"), 1),
+    **dict.fromkeys(("max_seconds", "eval_steps", "completions_steps", "save_pictures"), 0),
+    **dict.fromkeys((f"data.{name}" for name in ("eval_samples", "max_prompt_length", "min_pixels", "max_pixels")), 1),
+    **dict.fromkeys(("data.max_bad_records",), 0),
+    **dict.fromkeys(("optim.warmup_steps", "optim.weight_decay", "optim.max_grad_norm"), 0),
+    **dict.fromkeys(("data.workers", "optim.max_nonfinite_steps", "evaluation.max_new_tokens"), 1),
+}
+OPTIONAL: dict[str, type] = {"lora": LoRAConfig, "sample_mesh": MeshConfig}  # parts that a config may leave out
+EXAMPLES = {"lora": "r 8", "sample_mesh": "fsdp 2"}
 FREE_FIELDS = (
     *("max_seconds", "output_dir", "logging_steps", "save_steps", "save_total_limit", "export", "report_to"),
     *("completions_steps", "save_pictures", "data.workers", "data.max_bad_records", "optim.max_nonfinite_steps"),
@@ -182,24 +199,39 @@ def parse_command(
 ) -> tuple[TrainConfig, dict[str, str]]:
     """`jaxmllm COMMAND CONFIG.py [--field value ...]`: the config, valid, and the values of the flags called `names`.
 
-    All other flags override the config's fields. `arguments` begins with the file.
+    All other flags override the config's fields. `arguments` begins with the file. InputError for a value that is missing,
+    a switch that is neither true nor false, and what `validate` refuses.
     """
     import tyro
 
     path, fields, given, rest = arguments[0], [], {}, iter(arguments[1:])
-    names, method = (*names, "--method"), None
+    method, off = None, set()
     for argument in rest:
         name, _, value = argument.partition("=")
-        if name not in names:
+        part = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
+        if name not in names and name != "--method" and part not in OPTIONAL:
             fields.append(argument)
         elif not (value := value or next(rest, "")):
             raise InputError(f"{name}: a value is missing")
         elif name == "--method":
             method = value
-        else:
+        elif name in names:
             given[name] = value
+        elif value.lower() == "none":
+            off.add(part)
+        else:
+            raise InputError(
+                f"{name} {value}: write {name} None, or flags of its fields, such as {name}.{EXAMPLES[part]}"
+            )
     config = load_config(path)
     if method is not None:  # its options are read after it: they start at its own defaults
         config = dataclasses.replace(config, method=methods.get(method)())
-    config = tyro.cli(TrainConfig, default=config, args=fields, prog=f"jaxmllm {command} {path}")
+    # flags of the parts that the config leaves out are known too, and any of them turns its part on
+    absent = {name: part() for name, part in OPTIONAL.items() if getattr(config, name) is None}
+    whole = dataclasses.replace(config, **absent)
+    words = flags.spelled(fields, flags.flag_types(whole))
+    asked = {word[2:].partition(".")[0].replace("-", "_") for word in words if word.startswith("--")}
+    prog, usual = f"jaxmllm {command} {path}", (tyro.conf.AvoidSubcommands,)
+    config = tyro.cli(TrainConfig, default=whole, args=words, prog=prog, config=usual)
+    config = dataclasses.replace(config, **dict.fromkeys(off | (absent.keys() - asked)))
     return config.validate(), given
