@@ -1,7 +1,10 @@
 """Tables of figures with intervals: for the terminal and as Markdown."""
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -48,12 +51,18 @@ def markdown(rows: Rows) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def terminal(rows: Rows, title: str = "") -> Table:
-    """The same table for `rich`; model and data text in it is not read as markup."""
-    table = Table(title=title or None)
-    for name in rows[0]:
-        table.add_column(name)
-    for row in rows[1:]:
-        word = row[-1].split(" ")[-1]
-        table.add_row(*map(Text, row), style=_COLOURS.get(word))
-    return table
+def terminal(rows: Rows, title: str = "") -> Group:
+    """The same for `rich`: a table for each source under its name, so that narrow terminals keep the intervals in one piece.
+
+    Nothing is left out: what is too long goes on in the next line. Model and data text is not read as markup.
+    """
+    shown: list[RenderableType] = [Text(title, style="italic")] if title else []
+    for source, group in groupby(rows[1:], key=lambda row: row[0]):
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in rows[0][1:]:
+            table.add_column(name, overflow="fold")
+        for row in group:
+            word = row[-1].split(" ")[-1]
+            table.add_row(*map(Text, row[1:]), style=_COLOURS.get(word))
+        shown += [Text(source), table]
+    return Group(*shown)

@@ -54,6 +54,8 @@ class Evaluator:
         if jax.process_count() > 1:  # all generate together, so all go on with the same records
             out_dir = processes.own_copy(out_dir)
 
+        self.told("evaluating", 0, 0)
+
         def on_batch(done: int, total: int) -> None:
             self.told("evaluating", done, total)
             self.stop.check()

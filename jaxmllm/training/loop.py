@@ -30,6 +30,7 @@ from jaxmllm.training.window import Window
 from jaxmllm.types import TrainState
 
 log = logging.getLogger(__name__)
+UPDATING = "updating"  # the phase that a run is in most of the time
 
 
 class Watcher:
@@ -177,13 +178,15 @@ class Run:
     def updates(self) -> None:
         config, step = self.config, self.step
         trace = Trace(config.run_dir / "profile", step, config.profile)
+        compiled = False
         with trace:
             while step < config.max_steps and not self.stop.time_is_up():
                 trace.before(step)
-                self.watching.phase("sampling and updating" if step else "compiling the first update")
+                self.watching.phase(UPDATING if compiled else "compiling the update")
                 self.window.begin()
                 self.state, self.own, report = self.work.step(self.state, self.own, self.stop)
                 if report is not None:
+                    compiled = True
                     before, step = step, self.step
                     self.after(before, step, report)
                     report = None  # what the step saw is let go before the next one draws

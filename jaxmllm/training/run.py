@@ -1,5 +1,6 @@
 """A run as a person sees it: live progress, the change in figures, the report. `jaxmllm.train` and `jaxmllm train`."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,15 +13,18 @@ from jaxmllm.training.loop import Watcher, train
 from jaxmllm.training.progress import Live
 
 
-def run_and_report(config: TrainConfig, watcher: Watcher | None = None) -> Path:
-    """Runs `config` (see `loop.train`), shows how it goes, writes `report.html`; returns the run folder."""
+def run_and_report(
+    config: TrainConfig, watcher: Watcher | Callable[[int, dict[str, float]], None] | None = None
+) -> Path:
+    """Runs `config` (see `loop.train`), shows how it goes, writes `report.html`; returns the run folder.
+
+    `watcher`, or a function of the update and its metrics, is told besides.
+    """
     first = jax.process_index() == 0
     console = Console(stderr=True, highlight=False, quiet=not first)
-    if watcher is not None:
-        folder = train(config, watcher)
-    else:
-        with Live(config, console) as live:
-            folder = train(config, live)
+    also = watcher if isinstance(watcher, Watcher) else Watcher(watcher)
+    with Live(config, console, also) as live:
+        folder = train(config, live)
     if not first:
         return folder
     before, after = folder / "eval" / "before", folder / "eval" / "after"
