@@ -268,6 +268,73 @@ def preview(source: tyro.conf.Positional[str], out: Path = Path("preview.png"), 
     _console().print(f"wrote {out}")
 
 
+def check(
+    source: tyro.conf.Positional[tuple[str, ...]],
+    eval: tuple[str, ...] = (),
+    model: str = "tiny",
+    style: str = "qwen2_5_vl",
+    thinking: bool = False,
+    max_prompt_length: int = 1024,
+    max_new_tokens: int = 512,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    limit: int | None = None,
+) -> None:
+    """Read every record as training would: bad ones, lengths and sizes against the limits, answers that are never right.
+
+    Ends with status 2 where a run would stop at a record.
+
+    Args:
+        source: training data, such as chat:rows.jsonl; several are looked at one by one.
+        eval: sources of the evaluation; records that training has too are counted.
+        model: whose tokenizer and picture sizes count: a checkpoint folder, a hub id, or "tiny".
+        max_prompt_length: tokens of a prompt that the run allows, vision included: data.max_prompt_length.
+        max_new_tokens: tokens of an answer that the run allows.
+        limit: first records of each source; every record without it.
+    """
+    from rich.progress import Progress
+
+    from jaxmllm import api
+    from jaxmllm.commands import total_reward
+    from jaxmllm.config import load_model_config
+    from jaxmllm.data import check as looking
+    from jaxmllm.data.chat import Processor
+    from jaxmllm.data.examples import Asking
+    from jaxmllm.data.sources import open_source
+
+    for name, value in (
+        ("limit", limit or 1),
+        ("max_prompt_length", max_prompt_length),
+        ("max_new_tokens", max_new_tokens),
+    ):
+        if value < 1 or limit == 0:
+            raise InputError(f"--{name} {limit if name == 'limit' else value}: must be at least 1")
+    opened = {spec: open_source(spec) for spec in dict.fromkeys((*source, *eval))}
+    folder = api.resolve(model)
+    processor = Processor.from_pretrained(
+        folder, load_model_config(folder), min_pixels=min_pixels, max_pixels=max_pixels
+    )
+    pixels = processor.pixel_config
+    limits = looking.Limits(max_prompt_length, max_new_tokens, pixels.max_pixels, pixels.factor)
+    look = looking.Look(processor, Asking({"style": style, "thinking": thinking}), total_reward(style, thinking))
+    found: dict[str, list[looking.Seen]] = {}
+    with Progress(console=_console(), transient=True) as bar:
+        for spec, one in opened.items():
+            line = bar.add_task(spec.partition("?")[0], total=min(len(one), limit or len(one)))
+            found[spec] = []
+            for seen in look.source(one, limit):
+                found[spec].append(seen)
+                bar.advance(line)
+    for spec in opened:
+        print("\n".join(looking.summary(spec, found[spec], limits)))
+    if eval:
+        train, held_out = ([seen for spec in specs for seen in found[spec]] for specs in (source, eval))
+        print("\n".join(looking.shared(train, held_out)))
+    every = [seen for rows in found.values() for seen in rows]
+    if stopped := looking.stopping(every, limits):
+        raise InputError(f"a run would stop at {stopped} of {len(every)} records; see above for the flags")
+
+
 def materialise(
     source: tyro.conf.Positional[str], out: Path, split: str = "train", start: int = 0, stop: int | None = None
 ) -> None:
@@ -338,9 +405,9 @@ COMMANDS: dict[str, Any] = {
     "eval": evaluate,
     "report": report,
     "plan": _elsewhere("Memory, products and time of a config on a machine that is not here: CONFIG.py --mesh MESH."),
-    "data": _elsewhere("Look at data: preview draws a source's records, materialise writes a slice of the world."),
+    "data": _elsewhere("Look at data: check reads every record, preview draws some, materialise writes a slice."),
 }
-DATA_COMMANDS: dict[str, Any] = {"preview": preview, "materialise": materialise}
+DATA_COMMANDS: dict[str, Any] = {"check": check, "preview": preview, "materialise": materialise}
 
 
 def _call(commands: Mapping[str, Any], arguments: Sequence[str], prog: str, description: str | None) -> int:

@@ -201,13 +201,20 @@ def tpl(
         print(f"to train on those: {data}{'&' if '?' in data else '?'}keep={out}", file=sys.stderr)
 
 
-def relative_reward(asking: Any, style: str) -> Callable[[str, Mapping[str, Any]], float | None]:
-    """The reward of a record's task as a share, 0..1, of what its gold answer earns; None where it does not apply."""
+def total_reward(style: str, thinking: bool = False) -> Callable[[str, Mapping[str, Any]], float | None]:
+    """The reward of a record's task, without its parts; None where it does not apply."""
     from jaxmllm.methods.grpo.reward_calls import task_reward
 
     def total(text: str, record: Mapping[str, Any]) -> float | None:
-        value = task_reward(text, record, style=style)
+        value = task_reward(text, record, style=style, thinking=thinking)
         return value["reward"] if isinstance(value, Mapping) else value
+
+    return total
+
+
+def relative_reward(asking: Any, style: str) -> Callable[[str, Mapping[str, Any]], float | None]:
+    """The reward of a record's task as a share, 0..1, of what its gold answer earns; None where it does not apply."""
+    total = total_reward(style)
 
     def reward(text: str, record: Mapping[str, Any]) -> float | None:
         value, best = total(text, record), total(asking.answer(dict(record)), record)
