@@ -1,9 +1,9 @@
 """Post-train vision-language models in JAX.
 
 >>> import jaxmllm
->>> model = jaxmllm.load("tiny")
+>>> model = jaxmllm.load("Qwen/Qwen2.5-VL-3B-Instruct")  # or "tiny", the embedded model, which knows small drawings only
 >>> jaxmllm.generate(model, [[{"role": "user", "content": [{"type": "image", "image": "photo.jpg"},
-...     {"type": "text", "text": "Output the bounding box of the red circle in the image."}]}]])
+...     {"type": "text", "text": "Output the bounding box of the red cup in the image."}]}]])
 """
 
 from importlib import import_module

@@ -1,6 +1,8 @@
 """The few calls a notebook or another program needs: load, generate, stream, score."""
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from jaxmllm.rollout import sampler
 from jaxmllm.rollout.scorer import score_jit
 from jaxmllm.types import Completions, Prompts
 
+log = logging.getLogger(__name__)
 TINY = Path(__file__).parent / "assets" / "tiny"
+TINY_TOKENS = 64  # of the largest picture that it was made for, 112 x 112 pixels
 Conversation = Sequence[Mapping[str, Any]]  # Hugging Face chat messages
 
 
@@ -148,6 +152,24 @@ def identity(model: Model) -> list[str]:
     return [str(model.folder), *(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)]
 
 
+def _encoded(model: Model, conversations: Sequence[Conversation]) -> list[Example]:
+    examples = [model.processor.encode(conversation) for conversation in conversations]
+    if model.folder == TINY and any(
+        len(picture.token_index) > TINY_TOKENS for one in examples for picture in one.vision
+    ):
+        _say_what_tiny_is_for()
+    return examples
+
+
+@functools.cache  # once a process
+def _say_what_tiny_is_for() -> None:
+    log.warning(
+        '"tiny" is made for drawings of up to 112 x 112 pixels (world: sources), to try things out in seconds; of photographs '
+        "it knows nothing, and what it says about them means nothing. For photographs load a model such as "
+        "Qwen/Qwen2.5-VL-3B-Instruct, or train it on yours"
+    )
+
+
 def _generation(model: Model, tokens: np.ndarray, length: int, logps: np.ndarray, stopped: bool) -> Generation:
     ids = tokens[:length].tolist()
     # box and reference markers are part of an answer, only the stop token is not
@@ -184,7 +206,7 @@ def generate(
     if min(num_generations, max_new_tokens, batch_size) < 1:
         raise InputError("num_generations, max_new_tokens and batch_size must be at least 1")
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, _banned(model)).validate()
-    examples = [model.processor.encode(conversation) for conversation in conversations]
+    examples = _encoded(model, conversations)
     results: list[list[Generation]] = []
     for first in range(0, len(examples), batch_size):
         # a last, shorter batch is filled up: another number of rows would be another program
@@ -221,7 +243,7 @@ def stream(
 ) -> Iterator[list[Generation]]:
     """Like `generate` for one conversation, yielding what is written so far every `every` tokens; the last is complete."""
     sampling = dataclasses.replace(sampling, banned=_banned(model)).validate()
-    prompts, _ = model.prepare([model.processor.encode(conversation)])
+    prompts, _ = model.prepare(_encoded(model, [conversation]))
     rows = prompts.tokens.shape[0]
     state = sampler.start(
         model.params,
