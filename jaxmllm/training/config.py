@@ -227,11 +227,12 @@ def parse_command(
     if method is not None:  # its options are read after it: they start at its own defaults
         config = dataclasses.replace(config, method=methods.get(method)())
     # flags of the parts that the config leaves out are known too, and any of them turns its part on
-    absent = {name: part() for name, part in OPTIONAL.items() if getattr(config, name) is None}
+    absent: dict[str, Any] = {name: part() for name, part in OPTIONAL.items() if getattr(config, name) is None}
     whole = dataclasses.replace(config, **absent)
     words = flags.spelled(fields, flags.flag_types(whole))
     asked = {word[2:].partition(".")[0].replace("-", "_") for word in words if word.startswith("--")}
     prog, usual = f"jaxmllm {command} {path}", (tyro.conf.AvoidSubcommands,)
     config = tyro.cli(TrainConfig, default=whole, args=words, prog=prog, config=usual)
-    config = dataclasses.replace(config, **dict.fromkeys(off | (absent.keys() - asked)))
+    left_out: dict[str, Any] = dict.fromkeys(off | (absent.keys() - asked))
+    config = dataclasses.replace(config, **left_out)
     return config.validate(), given
