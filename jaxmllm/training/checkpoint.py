@@ -26,10 +26,21 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one run folder: the newest `keep`, plus the best by a metric when one is named."""
+    """The checkpoints of one run folder: the newest `keep`, plus the best by a metric when one is named.
 
-    def __init__(self, folder: str | Path, *, keep: int = 2, best_metric: str = "", larger_is_better: bool = True):
-        self._folder, self._best_metric = Path(folder).absolute(), best_metric
+    `read_only`: of a run that another one resumes from; nothing in its folder is written, moved or removed.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep: int = 2,
+        best_metric: str = "",
+        larger_is_better: bool = True,
+        read_only: bool = False,
+    ):
+        self._folder, self._best_metric, self._read_only = Path(folder).absolute(), best_metric, read_only
         preserve: Any = ocp.checkpoint_managers.LatestN(keep)
 
         def value(metrics: dict[str, float]) -> float:
@@ -46,6 +57,7 @@ class Checkpoints:
                 preservation_policy=preserve,
                 best_fn=value if best_metric else None,  # what `best_step` asks
                 enable_async_checkpointing=True,
+                read_only=read_only,
             ),
             item_names=("state", "own", "data"),
         )
@@ -85,7 +97,8 @@ class Checkpoints:
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, Own, dict] | None:
         """(state, own, data) of the newest (or a given) checkpoint in the shapes and shardings of `like`; None without one.
 
-        One that cannot be read is put aside as damaged_<step>, and the one before is taken. InputError when none can be.
+        One that cannot be read is put aside as damaged_<step> (but not where `read_only`), and the one before is taken.
+        InputError when none can be.
         """
         self._manager.reload()
         steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
@@ -97,8 +110,9 @@ class Checkpoints:
                 first = first or error
                 log.warning("checkpoint %d of %s cannot be read: %s", tried, self._folder, _short(error))
                 continue
-            if first is not None:
+            if first is not None and not self._read_only:
                 self._put_aside([other for other in steps if other > tried])
+            if first is not None:
                 log.warning("going on from checkpoint %d, the newest that can be read", tried)
             log.info("resumed from checkpoint %d", tried)
             return found

@@ -164,6 +164,7 @@ EXAMPLES = {"lora": "r 8", "sample_mesh": "fsdp 2"}
 FREE_FIELDS = (
     *("max_seconds", "output_dir", "logging_steps", "save_steps", "save_total_limit", "export", "report_to"),
     *("completions_steps", "save_pictures", "data.workers", "data.max_bad_records", "optim.max_nonfinite_steps"),
+    *("metric_for_best_model", "load_best_model_at_end"),  # which checkpoint is kept and exported, not what it holds
     *("profile", "mesh", "sample_mesh"),  # another machine: the same numbers up to rounding
 )
 

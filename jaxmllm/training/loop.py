@@ -100,6 +100,7 @@ class Run:
         self.evaluator = Evaluator(config, context, work, opened.sized(context), self.stop, watching.phase)
         self.window, self.unused, self.began = Window(), 0, time.monotonic()
         self.resumed = False
+        self.first_step = 0  # that of the checkpoint which the run began with
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
@@ -119,15 +120,20 @@ class Run:
         found = self.checkpoints.restore(self.state)
         if found is None and config.resume_from:
             other = Path(config.resume_from) / "checkpoints"
-            with contextlib.closing(Checkpoints(other)) as checkpoints:
-                found = checkpoints.restore(self.state) if other.is_dir() else None
+            if not other.is_dir():
+                raise InputError(f"resume_from = {config.resume_from}: there is no run with checkpoints")
+            with contextlib.closing(Checkpoints(other, read_only=True)) as checkpoints:
+                found = checkpoints.restore(self.state)
             if found is None:
                 raise InputError(f"resume_from = {config.resume_from}: there is no checkpoint of a run in it")
+            state, _, data = found  # its time, and updates that it has not logged, are not this run's
+            data |= {"seconds": 0.0, "window": {**data["window"], "steps": []}, "first_step": int(state.step)}
         if found is not None:
             self.state, own, data = found
             self.own = {name: _like(own.get(name, value), value) for name, value in self.own.items()}
             self.work.batches.set_state(data["batches"])
-            self.trained_seconds, self.window.tokens = data["seconds"], data["tokens"]
+            self.window.set_state(data["window"])
+            self.trained_seconds, self.first_step = data["seconds"], data["first_step"]
             self.resumed = True
         self.began = time.monotonic() - self.trained_seconds
         self.stop.allow(config.max_seconds, self.trained_seconds)
@@ -148,7 +154,7 @@ class Run:
         config, step = self.config, self.step
         if step >= config.max_steps or not self.evaluator:
             return
-        if step == 0 and config.eval_on_start:
+        if step == self.first_step and config.eval_on_start:
             self.evaluate("before")
         elif step and config.eval_steps and self.resumed and self.interrupted_in == step:
             self.evaluate_here()
@@ -238,7 +244,8 @@ class Run:
         data = {
             "batches": self.work.batches.get_state(),
             "seconds": time.monotonic() - self.began,
-            "tokens": self.window.tokens,
+            "window": self.window.get_state(),
+            "first_step": self.first_step,
         }
         self.checkpoints.save(self.state, self.own, data, metrics)
 

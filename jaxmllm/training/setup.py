@@ -105,14 +105,28 @@ def open_data(config: TrainConfig) -> Opened:
     config.method.check()
     chosen_trackers(config.report_to)
     best_direction(config.metric_for_best_model, opened.evaluation)
-    if config.resume_from and not (Path(config.resume_from) / "checkpoints").is_dir():
-        raise InputError(f"resume_from = {config.resume_from}: there is no run with checkpoints")
+    if (
+        config.resume_from and not (config.run_dir / "config.json").exists()
+    ):  # one that has begun has its own checkpoints
+        _check_resume_from(config)
     folder = config.run_dir
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"output_dir: {config.run_dir} cannot be written ({folder} is no folder that may be written)")
     return opened
+
+
+def _check_resume_from(config: TrainConfig) -> None:
+    """Raises InputError where the run to begin with has no checkpoint, or has made as many updates as are asked for."""
+    folder = Path(config.resume_from) / "checkpoints"
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    if not steps:
+        raise InputError(f"resume_from = {config.resume_from}: there is no run with checkpoints")
+    if config.max_steps <= max(steps):
+        raise InputError(
+            f"max_steps = {config.max_steps}: {config.resume_from} has made {max(steps)} updates, which count; use a larger one"
+        )
 
 
 def system_turn(config: TrainConfig, system: str | None) -> str | None:

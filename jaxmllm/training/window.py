@@ -24,6 +24,13 @@ class Window:
         self._started: list[tuple[float, float]] = []  # wall and processor time of each
         self._steady: tuple[int, float] | None = None
 
+    def get_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a run that goes on logs the means it would have logged: JSON values."""
+        return {"tokens": self.tokens, "steps": self._steps}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self.tokens, self._steps = state["tokens"], list(state["steps"])
+
     def begin(self) -> None:
         """A step begins."""
         self._began = time.perf_counter(), time.process_time()
