@@ -55,18 +55,24 @@ def lasot(videos: Sequence[tuple[ArrayLike, ArrayLike]]) -> dict[str, float]:
 def got10k(videos: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """GOT-10k's `ao`, `sr50`, `sr75` pooled over frames: `pred`, `gt` [frames, 4], `size`, optional `visible` [frames].
 
-    The first frame and frames of zero visibility are left out, boxes are clipped to the image, thresholds are strict.
+    The first frame and frames of zero visibility are left out, boxes are bounded by the image, thresholds are strict. As in
+    the set's toolkit (got10k 0.1.3, `rect_iou`), a box that begins before the image is moved to its border, not cut.
     """
     ious: list[float] = []
     for video in videos:
-        limit = np.tile(np.asarray(video["size"], np.float64), 2)
-        pred, gt = (np.clip(np.asarray(video[name], np.float64).reshape(-1, 4), 0, limit) for name in ("pred", "gt"))
+        pred, gt = (_bounded(video[name], video["size"]) for name in ("pred", "gt"))
         counted = np.asarray(video.get("visible", np.ones(len(gt))), np.float64) > 0
         counted[:1] = False
         ious += box_iou(pred, gt)[counted].tolist()
     if not ious:
         return {}
     return {"ao": float(np.mean(ious))} | {f"sr{100 * t:.0f}": float(np.mean(np.array(ious) > t)) for t in (0.5, 0.75)}
+
+
+def _bounded(boxes: ArrayLike, size: Sequence[float]) -> Float[np.ndarray, "frames 4"]:
+    boxes, limit = np.asarray(boxes, np.float64).reshape(-1, 4), np.asarray(size, np.float64)
+    low = np.clip(boxes[:, :2], 0, limit)
+    return np.hstack([low, low + np.clip(boxes[:, 2:] - boxes[:, :2], 0, limit - low)])
 
 
 def pairwise_track(
