@@ -1,6 +1,6 @@
 """The reward hacking table: what cheap strategies earn beside an honest answer. `pytest -s` prints it.
 
-Groups come from every module `tests/hacks_*.py`. A cheap strategy that reaches the honest answer is a bug of the
+Groups come from every module `tests/support/hacks_*.py`. A cheap strategy that reaches the honest answer is a bug of the
 reward, or is listed with its counter in the group's `known`; an entry there that is no longer true fails as well.
 """
 
@@ -11,8 +11,8 @@ import pytest
 
 HACKS = [
     hack
-    for path in sorted(Path(__file__).parent.glob("hacks_*.py"))
-    for hack in import_module(f"tests.{path.stem}").HACKS
+    for path in sorted(Path(__file__).parent.glob("support/hacks_*.py"))
+    for hack in import_module(f"tests.support.{path.stem}").HACKS
 ]
 
 

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 
 from jaxmllm.geometry import box_area, box_intersection, box_iou, box_valid, hungarian
 from jaxmllm.tasks.answers import clean
+from jaxmllm.tasks.trajectories import constant_velocity
 
 Trajectory = Mapping[Any, Sequence[float]]  # frame (int or its digits) -> [x1, y1, x2, y2]
 
@@ -32,6 +33,8 @@ _ID = re.compile(r"<\s*+(/?+)\s*+id\s*+([0-9]{1,9}+)\s*+>", _FLAGS)
 _ENTRY = re.compile(r"frame\s*+([0-9]{1,9}+)\s*+:\s*+\[\s*+" + r"\s*+,\s*+".join([_NUMBER] * 4) + r"\s*+\]", _FLAGS)
 _TRACK = re.compile(r"track\s*+[0-9]++\s*+:", _FLAGS)
 _TAG = re.compile(r"<(/?)(think|answer|attr)>", _FLAGS)
+FULL = 1 - 1e-6  # a baseline from here on leaves no room above it
+GUESS = 2 / 3  # F1 of one right word of two: what naming some motion earns without seeing which
 _RANGE = re.compile(r"([0-9]{1,9}+)\s*+(?:-|~|to)\s*+([0-9]{1,9}+)", _FLAGS)
 
 
@@ -226,7 +229,32 @@ def static_baseline(
 
 def lift(r: float, b: float) -> float:
     """Share of the room above the baseline b that r covers: clip((r - b) / (1 - b), 0, 1); 0 if b leaves no room."""
-    return 0.0 if b >= 1 - 1e-6 else min(max((r - b) / (1 - b), 0.0), 1.0)
+    return 0.0 if b >= FULL else min(max((r - b) / (1 - b), 0.0), 1.0)
+
+
+def unwatched(track: Trajectory, given: Collection[int] = ()) -> list[dict[int, Sequence[float]]]:
+    """What one frame and the prompt say about a track, a guess for each of its frames: the box of that frame copied to
+    all others. Where the prompt gives two frames or more (`given`) they go on at constant speed instead.
+    """
+    boxes = by_frame(track)
+    known = {t: box for t, box in boxes.items() if t in given}
+    if len(known) < 2:
+        return [dict.fromkeys(boxes, box) for box in boxes.values()]
+    path = {**constant_velocity(known, list(boxes)), **known}
+    return [{**path, t: box} for t, box in boxes.items()]
+
+
+def unwatched_overlap(track: Trajectory, given: Collection[int] = (), power: float = 1) -> float:
+    """The best `trajectory_iou` among `unwatched` on the frames not given: the worth of not following the track."""
+    return max((trajectory_iou(guess, track, given, power=power) for guess in unwatched(track, given)), default=0.0)
+
+
+def _unwatched_identity(tracks: Mapping[int, Trajectory], given: Collection[int], iou_thr: float) -> float:
+    """The best IDF1 of all tracks guessed from the prompt and one frame, the same for all."""
+    guesses = {i: dict(zip(by_frame(track), unwatched(track, given), strict=True)) for i, track in tracks.items()}
+    frames = {t for guess in guesses.values() for t in guess}
+    rows = ({i: guess[t] for i, guess in guesses.items() if t in guess} for t in frames)
+    return max((identity_reward(row, tracks, iou_thr, given)["idf1"] for row in rows), default=0.0)
 
 
 def identity_reward(
@@ -269,7 +297,8 @@ def identity_reward(
 # --- words and times ------------------------------------------------------------------------------------------------
 
 
-def _tokens(text: str) -> Counter[str]:
+def tokens(text: str) -> Counter[str]:
+    """The words of a phrase as a multiset; case, articles and signs dropped."""
     words = re.sub("[^a-z0-9 ]", " ", unicodedata.normalize("NFKC", text).lower()).split()
     return Counter(w for w in words if w not in ("a", "an", "the"))
 
@@ -277,8 +306,8 @@ def _tokens(text: str) -> Counter[str]:
 def attribute_reward(p: str, golds: str | Sequence[str]) -> float:
     """Best token F1 (words counted as a multiset) of the phrase with any gold phrase; case, articles, signs dropped."""
     golds = [golds] if isinstance(golds, str) else golds
-    mine, best = _tokens(p), 0.0
-    for gold in map(_tokens, golds):
+    mine, best = tokens(p), 0.0
+    for gold in map(tokens, golds):
         shared = (mine & gold).total()
         if shared:
             best = max(best, 2 * shared / (mine.total() + gold.total()))
@@ -313,8 +342,15 @@ def _attribute_score(value: str | None, golds: Sequence[Any] | str) -> float:
 # --- the whole reward -----------------------------------------------------------------------------------------------
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that are there; None without any."""
+    there = [value for value in values if value is not None]
+    return float(np.mean(there)) if there else None
+
+
+def _above(value: float, baseline: float) -> float | None:
+    """The lift over a baseline; None where it leaves no room."""
+    return None if baseline >= FULL else lift(value, baseline) if baseline else value
 
 
 def utr_reward(
@@ -324,6 +360,7 @@ def utr_reward(
     lam_fmt: float = 0.1,
     iou_thr: float = 0.5,
     power: float = 1,
+    lifted: bool = False,
 ) -> dict[str, float | None]:
     """lam format + (1 - lam) (w1 traj + w2 id + w3 attr) / (w1 + w2 + w3), in 0..1 (sheet utr.md 6).
 
@@ -335,6 +372,8 @@ def utr_reward(
         lam_fmt: weight of the format.
         iou_thr: IoU from which a frame counts as tracked.
         power: of the IoU in the trajectory part; 2 sharpens late training.
+        lifted: every part earns only its lift over what the prompt and one frame give: trajectories and identity over
+            `unwatched`, names over the query's `cue`, actions over `GUESS`. What leaves no room is not graded.
 
     Returns:
         `total`, `format`, `traj`, `id`, `attr`. Without exactly one answer block everything but the format is 0.
@@ -355,23 +394,32 @@ def utr_reward(
 
     identity = identity_reward(pred, true, iou_thr, excluded if gradable else ())
     match = {g: p for p, g in identity["pairs"]}
-    overlaps = []
+    overlaps: list[float | None] = []
     for i, boxes in gradable.items():
         overlap = trajectory_iou(pred[match[i]], boxes, excluded, power=power) if i in match else 0.0
+        if lifted:
+            overlaps.append(_above(overlap, unwatched_overlap(boxes, excluded, power)))
+            continue
         qbox = query.get("box") or boxes.get(int(query["frame"])) if "frame" in query else None
         if qbox is not None and str(query.get("id")) == str(i):
             overlap = lift(overlap, static_baseline(qbox, boxes, excluded, power=power))
         overlaps.append(overlap)
 
     attrs = parse_attrs(block) if block is not None else {}
+    cue = str(query.get("cue", "")) if lifted else ""
     words = [
-        attribute_reward(names[match[i]], tracks[i]["names"]) if i in match else 0.0
+        _above(attribute_reward(names[match[i]], golds) if i in match else 0.0, attribute_reward(cue, golds))
         for i in (gradable or true)
-        if tracks[i].get("names")
+        if (golds := [name for name in tracks[i].get("names") or () if not (cue and tokens(name) <= tokens(cue))])
     ]
-    words += [_attribute_score(attrs.get(key.lower()), golds) for key, golds in (gt.get("attrs") or {}).items()]
+    for key, golds in (gt.get("attrs") or {}).items():
+        guess = GUESS if lifted and key == "action" else 0.0
+        words.append(_above(_attribute_score(attrs.get(key.lower()), golds), guess))
 
-    parts = {"traj": _mean(overlaps), "id": identity["idf1"] if gradable else None, "attr": _mean(words)}
+    same = identity["idf1"] if gradable else None
+    if lifted and same is not None:
+        same = _above(same, _unwatched_identity(gradable, excluded, iou_thr))
+    parts = {"traj": _mean(overlaps), "id": same, "attr": _mean(words)}
     graded = [(w, value) for w, value in zip(weights, parts.values(), strict=True) if value is not None]
     scale = sum(w for w, _ in graded)
     content = sum(w * value for w, value in graded) / scale if scale > 0 else 0.0

@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from jaxmllm.geometry import Boxes, box_valid
+from jaxmllm.geometry import Boxes, box_iou, box_valid
 from jaxmllm.tasks import answers, track_rewards
 
 FORMS = ("answer", "plain")
+SAME = 0.95  # two subjects whose boxes overlap so much cannot be told apart by a box
 
 # What is shown -> what is asked (sheet utr.md 3.3, T1 .. T5), with paraphrases.
 QUERIES: dict[str, tuple[str, ...]] = {
@@ -47,11 +47,11 @@ QUERIES: dict[str, tuple[str, ...]] = {
         "Who is {cue}? Report the whole path.",
     ),
     "trajectory": (
-        "A subject moves along {cue}. Who is it, what does it look like, and what does it do in which frames?",
-        "Given the path {cue}, name the subject and describe its appearance and action, with the frames.",
-        "The trajectory is {cue}. Say which subject this is, how it looks, and when it does what.",
-        "Which subject has the trajectory {cue}? Describe it, its action and the frames of that action.",
-        "Look along {cue}: name what moves there, its appearance, its action and when that happens.",
+        "A subject moves along {cue}. Who is it, what does it look like, and what does it do afterwards? Go on to the end.",
+        "Given the beginning {cue}, name and describe the subject, say what it does next and give its whole trajectory.",
+        "The trajectory begins {cue}. Say which subject this is, how it looks, what it goes on to do, and where it moves.",
+        "Which subject starts along {cue}? Describe it and its later action, and trace it through all frames.",
+        "Look along {cue}: name what moves there, its appearance and what it does then. Complete its trajectory.",
     ),
     "category": (
         "Trace every {cue} in the clip.",
@@ -69,10 +69,10 @@ CAPTION_QUESTIONS = (
     "Close with a description of everything that happens.",
 )
 _ASKED = {
-    "box": ("action", "location"),
+    "box": ("action",),  # where it is then follows from the box
     "phrase": ("action",),
     "event": (),
-    "trajectory": ("appearance", "action", "frames"),
+    "trajectory": ("appearance", "action"),
     "category": (),
 }
 
@@ -80,10 +80,8 @@ _ASKED = {
 # --- records --------------------------------------------------------------------------------------------------------
 
 
-def cut_clip(
-    record: Mapping[str, Any], rng: np.random.Generator, max_frames: int = 16, max_tracks: int = 4
-) -> dict[str, Any]:
-    """The record on at most `max_frames` evenly spaced frames, renumbered from 1, and `max_tracks` random tracks.
+def cut_clip(record: Mapping[str, Any], max_frames: int = 16) -> dict[str, Any]:
+    """The record on at most `max_frames` evenly spaced frames, renumbered from 1, with all tracks seen in them.
 
     `images`, where there is one per frame, are cut alike; a frame keeps its old number as `source`. Boxes without area
     inside the image, and attributes and tracks left without a frame, are dropped.
@@ -109,8 +107,6 @@ def cut_clip(
         if boxes:
             timed = {key: list(spans(track.get(key))) for key in ("location", "action")}
             tracks.append({**track, "boxes": boxes, **timed})
-    if len(tracks) > max_tracks:
-        tracks = [tracks[i] for i in sorted(rng.choice(len(tracks), max_tracks, replace=False))]
     out = {
         **record,
         "tracks": tracks,
@@ -128,52 +124,83 @@ def _texts(track: Mapping[str, Any], key: str, frame: int | None = None) -> list
     return here or [item["text"] for item in items]
 
 
-def _candidates(record: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
-    """Every query of a kind that the record allows; cues that fit several subjects are left out."""
-    found: list[tuple[str, dict[str, Any]]] = []
+def _candidates(record: Mapping[str, Any], kind: str, max_tracks: int) -> list[dict[str, Any]]:
+    """Every query of a kind that the record allows: cues that fit one subject of all, and "every" with at most
+    `max_tracks` subjects, since an answer lists all of them.
+    """
+    found: list[dict[str, Any]] = []
     total = len(record["frames"])
-    for track in record["tracks"]:
-        one = {"id": track["id"], "ids": [track["id"]]}
-        if kind == "box":
-            found += [(f"{track['id']}/{t}", {**one, "frame": int(t)}) for t in track["boxes"]]
-        elif kind == "phrase":
-            found += [(cue.lower(), {**one, "cue": cue}) for cue in (*track["names"], *(track.get("appearance") or ()))]
-        elif kind == "event":
-            found += [(cue.lower(), {**one, "cue": cue}) for cue in dict.fromkeys(_texts(track, "action"))]
-            first, last = (f(map(int, track["boxes"])) for f in (min, max))
-            if (first, last) != (1, total):
-                found.append((f"{first}-{last}", {**one, "span": [first, last]}))
-        elif kind == "trajectory":
-            found.append((str(track["id"]), {**one, "frames": sorted(map(int, track["boxes"]))}))
     if kind == "category":
         groups: dict[str, list[Any]] = {}
         for track in record["tracks"]:
             groups.setdefault(track["names"][-1], []).append(track["id"])
-        return [{"ids": ids, "cue": name} for name, ids in groups.items()]
-    shared = {key for key, query in found for other, q in found if key == other and q["id"] != query["id"]}
-    return [query for key, query in found if key not in shared]
+        return [{"ids": ids, "cue": name} for name, ids in groups.items() if len(ids) <= max_tracks]
+    for track in record["tracks"]:
+        one = {"id": track["id"], "ids": [track["id"]]}
+        others = [other for other in record["tracks"] if other["id"] != track["id"]]
+        frames = sorted(map(int, track["boxes"]))
+        if kind == "box":
+            found += [{**one, "frame": t} for t in frames if not any(_same_box(track, other, t) for other in others)]
+        elif kind == "phrase":
+            found += [{**one, "cue": cue} for cue in _looks(track) if not any(fits(cue, _looks(o)) for o in others)]
+        elif kind == "event":
+            cues = dict.fromkeys(_texts(track, "action"))
+            found += [{**one, "cue": c} for c in cues if not any(fits(c, _texts(o, "action")) for o in others)]
+            span = [frames[0], frames[-1]]
+            if span != [1, total] and not any(span == _span(other) for other in others):
+                found.append({**one, "span": span})
+        elif kind == "trajectory" and len(frames) > 2:  # two boxes or more begin it, one or more go on
+            found.append({**one, "frames": frames[: max(2, len(frames) // 2)]})
+    return found
+
+
+def _looks(track: Mapping[str, Any]) -> list[str]:
+    return [*track["names"], *(track.get("appearance") or ())]
+
+
+def _span(track: Mapping[str, Any]) -> list[int]:
+    frames = list(map(int, track["boxes"]))
+    return [min(frames), max(frames)]
+
+
+def _same_box(track: Mapping[str, Any], other: Mapping[str, Any], frame: int) -> bool:
+    mine, theirs = (track_rewards.by_frame(t["boxes"]).get(frame) for t in (track, other))
+    return theirs is not None and float(box_iou(mine, theirs)) > SAME
+
+
+def fits(cue: str, phrases: Sequence[str]) -> bool:
+    """Whether a phrase says all that the cue says: "red fox" fits the cue "fox"."""
+    return any(track_rewards.tokens(cue) <= track_rewards.tokens(phrase) for phrase in phrases)
 
 
 def make_query(
     record: Mapping[str, Any],
     rng: np.random.Generator,
-    kind: str | None = None,
+    kinds: Sequence[str] = (),
     max_frames: int = 16,
     max_tracks: int = 4,
     caption_chance: float = 0.5,
+    max_static: float = 1.0,
 ) -> dict[str, Any] | None:
     """A task record for one random query of a clip; kinds uniform over those the clip allows. None if it allows none.
 
     Args:
-        kind: a key of `QUERIES` to force it.
+        kinds: keys of `QUERIES` to draw from; empty: all.
+        max_tracks: most subjects that an answer lists.
         caption_chance: how often the plain form also asks for the caption, when there is one.
+        max_static: queries are drawn of subjects that move: what the prompt and one frame tell overlaps at most so much
+            with their tracks, see `unwatched`.
 
     Raises:
         ValueError: unknown kind.
     """
-    kinds = tuple(QUERIES) if kind is None else (answers.choose(kind, QUERIES, "kind"),)
-    clip = cut_clip(record, rng, max_frames, max_tracks)
-    options = {name: found for name in kinds if (found := _candidates(clip, name))}
+    names = [answers.choose(kind, QUERIES, "kind") for kind in kinds] or list(QUERIES)
+    clip = cut_clip(record, max_frames)
+    options = {
+        name: kept
+        for name in names
+        if (kept := [q for q in _candidates(clip, name, max_tracks) if max_static >= 1 or _moves(clip, q, max_static)])
+    }
     if not options:
         return None
     name = list(options)[rng.integers(len(options))]
@@ -184,25 +211,38 @@ def make_query(
     return {**clip, "task": "tracks", "query": query}
 
 
+def _moves(clip: Mapping[str, Any], query: Mapping[str, Any], max_static: float) -> bool:
+    tracks = [track["boxes"] for track in clip["tracks"] if track["id"] in query["ids"]]
+    return unwatched(tracks, _shown(query)) <= max_static
+
+
+def unwatched(tracks: Sequence[Mapping[Any, Sequence[float]]], given: Sequence[int]) -> float:
+    """Mean overlap with the tracks of the best guess from the prompt's frames `given` and one more frame; 1 for tracks
+    without any other frame.
+    """
+    graded = [track for track in tracks if track_rewards.by_frame(track, given)]
+    return float(np.mean([track_rewards.unwatched_overlap(t, given) for t in graded])) if graded else 1.0
+
+
+def _shown(query: Mapping[str, Any]) -> list[int]:
+    """Frames whose box the prompt gives."""
+    return list(query.get("frames") or ([query["frame"]] if "frame" in query else []))
+
+
 def _targets(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [track for track in record["tracks"] if track["id"] in record["query"]["ids"]]
 
 
 def _golds(record: Mapping[str, Any]) -> dict[str, Any]:
-    """{attribute: gold phrases, or [t1, t2] for `frames`} that the query asks for and the subject has."""
+    """{attribute: gold phrases} that the query asks for and the subject has."""
     query = record["query"]
     asked = _ASKED[query["kind"]]
     if not asked:
         return {}
     track = _targets(record)[0]
-    actions = track.get("action") or []
-    golds = {
-        "appearance": list(track.get("appearance") or ()),
-        "action": _texts(track, "action", query.get("frame")),
-        "location": _texts(track, "location", query.get("frame")),
-        # With several actions "when" has no one answer.
-        "frames": [int(t) for t in actions[0]["span"]] if len(actions) == 1 else [],
-    }
+    # of a trajectory's beginning the prompt tells all that is done in it
+    frame = max(map(int, track["boxes"])) if query["kind"] == "trajectory" else query.get("frame")
+    golds = {"appearance": list(track.get("appearance") or ()), "action": _texts(track, "action", frame)}
     return {key: golds[key] for key in asked if golds[key]}
 
 
@@ -233,8 +273,7 @@ def _cue(record: Mapping[str, Any], style: str) -> str:
     kind = query["kind"]
     if kind in ("box", "trajectory"):
         boxes = _whole(record, _targets(record)[0], style)
-        shown = [query["frame"]] if kind == "box" else query["frames"]
-        return ";".join(f"Frame{t}:[{','.join(map(str, boxes[t]))}]" for t in shown)
+        return ";".join(f"Frame{t}:[{','.join(map(str, boxes[t]))}]" for t in _shown(query))
     if "span" in query:
         first, last = query["span"]
         times = [frame.get("time") for frame in record["frames"]]
@@ -275,7 +314,7 @@ def answer(
     answers.choose(style, answers.STYLES, "style")
     targets = _targets(record)
     lines = [track_rewards.write_track(t["id"], t["names"][0], _whole(record, t, style)) for t in targets]
-    values = {key: f"{golds[0]}-{golds[1]}" if key == "frames" else golds[0] for key, golds in _golds(record).items()}
+    values = {key: golds[0] for key, golds in _golds(record).items()}
     if form == "answer":
         block = "\n".join([*lines, track_rewards.write_attrs(values)] if values else lines)
         return f"{f'<think>{thought}</think>' if thinking else ''}<answer>\n{block}\n</answer>"
@@ -300,21 +339,29 @@ def reward(
     lam_fmt: float = 0.1,
     iou_thr: float = 0.5,
     power: float = 1,
+    rules: str = "corrected",
 ) -> dict[str, float] | None:
     """`track_rewards.utr_reward` of the tagged form; parts that have nothing to grade are absent. None without targets.
 
-    Cheap strategies and their counters: sheet utr.md 6. Drop clips by `keep_sample` and flat groups by `informative`.
+    `rules` "corrected" grades what is above the prompt and the best single frame (`lifted`), and nothing where that leaves
+    no track to follow. "released" is the sheet's form, where one frame and copied boxes earn two thirds.
+    Cheap strategies and their counters: sheet utr.md 6.
     """
+    answers.choose(rules, answers.RULES, "rules")
     if not _targets(record):
         return None
-    parts = track_rewards.utr_reward(text, ground_truth(record, style), weights, lam_fmt, iou_thr, power)
+    parts = track_rewards.utr_reward(
+        text, ground_truth(record, style), weights, lam_fmt, iou_thr, power, rules == "corrected"
+    )
+    if rules == "corrected" and parts["traj"] is None and parts["id"] is None:
+        return None
     named = {"reward": parts.pop("total"), **parts}
     return {key: value for key, value in named.items() if value is not None}
 
 
 def metric(texts: Sequence[str], records: Sequence[Mapping[str, Any]], style: str = "qwen2_5_vl") -> dict[str, float]:
     """Mean reward and parts over the records that have them, and `static_traj`: the trajectory IoU, before any lift, of
-    copying each target's query (or first) box to every frame.
+    the best guess from the prompt and one frame (`unwatched`).
     """
     scored = [reward(text, record, style) or {} for text, record in zip(texts, records, strict=True)]
     scored = [{**s, "static_traj": _static(ground_truth(r, style))} for s, r in zip(scored, records, strict=True) if s]
@@ -326,22 +373,7 @@ def metric(texts: Sequence[str], records: Sequence[Mapping[str, Any]], style: st
 
 
 def _static(gt: Mapping[str, Any]) -> float:
-    shown = gt["query"].get("frame")
-    values = []
-    for track in gt["tracks"].values():
-        boxes = track["boxes"]
-        key = shown if shown in boxes else min(boxes)
-        values.append(track_rewards.static_baseline(boxes[key], boxes, {key}))
-    return float(np.mean(values)) if values else 0.0
-
-
-def keep_sample(record: Mapping[str, Any], max_static: float = 0.7, min_frames: int = 4) -> bool:
-    """Whether a task record can teach tracking by reward: it has targets, they move, and enough frames are graded."""
-    gt = ground_truth(record)
-    query = gt["query"]
-    given = set(query.get("frames") or ([query["frame"]] if "frame" in query else []))
-    graded = sum(len(track_rewards.by_frame(track["boxes"], given)) for track in gt["tracks"].values())
-    return graded >= min_frames and _static(gt) <= max_static
+    return unwatched([track["boxes"] for track in gt["tracks"].values()], _shown(gt["query"]))
 
 
 def keep_track(
@@ -356,11 +388,6 @@ def keep_track(
     gaps = sum(b - a > 1 for a, b in zip(frames, frames[1:], strict=False))
     agree = track.get("score", 1.0) >= min_score and track.get("detector_iou", 1.0) >= min_iou
     return len(frames) >= min_frames and gaps <= max_gaps and agree
-
-
-def informative(rewards: ArrayLike, min_std: float = 0.02) -> bool:
-    """Whether a probe group's rewards differ enough to carry a signal."""
-    return float(np.std(np.asarray(rewards, np.float64))) >= min_std
 
 
 PARSERS = {

@@ -16,9 +16,10 @@ from jaxmllm.world.clips import Clip
 from jaxmllm.world.expressions import NEAR, Referring, spoken
 from jaxmllm.world.pages import Page
 from jaxmllm.world.scenes import ATTRIBUTES, Scene, SceneObject, SceneSpec, phrase
-from jaxmllm.world.streams import Stream
+from jaxmllm.world.streams import QUESTIONS, Stream
 
 Record = dict[str, Any]
+QUESTION_KINDS = {"tracks": tuple(task_tracks.QUERIES), "foresight": foresight_records.KINDS}  # of clips, by task
 _NUMBERS = ("no", "a", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -237,9 +238,27 @@ def clip_fields(clip: Clip) -> Record:
     }
 
 
+def clip_answerable(clip: Clip, tasks: Container[str]) -> bool:
+    """Whether the clip allows a question of every task, of the kinds and with the motion that its spec asks for."""
+    if not clip.spec.kinds and clip.spec.max_static >= 1:
+        return True
+    record, stream = {"id": "", "size": list(clip.size)}, Stream(*clip.address, QUESTIONS)
+    drawn = {"tracks": _tracks_query, "foresight": _foresight_query}
+    return all(draw(clip, record, stream) is not None for task, draw in drawn.items() if task in tasks)
+
+
 def tracks(clip: Clip, record: Record, stream: Stream) -> Record:
-    """A clip's record with one query about it, as the tracks task draws them (at most 4 tracks are kept)."""
-    return _asked(task_tracks.make_query(record | clip_fields(clip), stream.generator()), record)
+    """A clip's record with one query about it, as the tracks task draws them."""
+    return _asked(_tracks_query(clip, record, stream), record)
+
+
+def _tracks_query(clip: Clip, record: Record, stream: Stream) -> Record | None:
+    fields, kinds = record | clip_fields(clip), _kinds(clip, "tracks")
+    return task_tracks.make_query(fields, stream.generator(), kinds, max_static=clip.spec.max_static)
+
+
+def _kinds(clip: Clip, task: str) -> list[str]:
+    return [kind for kind in clip.spec.kinds if kind in QUESTION_KINDS[task]]
 
 
 def foresight(clip: Clip, record: Record, stream: Stream) -> Record:
@@ -247,14 +266,17 @@ def foresight(clip: Clip, record: Record, stream: Stream) -> Record:
 
     The task's share of negatives asks for something that is not in the clip.
     """
+    return _asked(_foresight_query(clip, record, stream), record)
+
+
+def _foresight_query(clip: Clip, record: Record, stream: Stream) -> Record | None:
     record = record | clip_fields(clip)
     last = max(int(t) for track in record["tracks"] for t in track["boxes"])
     horizon = stream.choice((0, max(0, last - clip.spec.frames)))
     absent = None
     if stream.chance(foresight_records.NEGATIVE_SHARE):
         absent = absent_name(clip.spec.scene, [mover.thing for mover in clip.movers], stream)
-    query = foresight_records.make_query(record, stream.generator(), horizon=horizon, absent=absent)
-    return _asked(query, record)
+    return foresight_records.make_query(record, stream.generator(), horizon=horizon, absent=absent)
 
 
 def _asked(query: Record | None, record: Record) -> Record:

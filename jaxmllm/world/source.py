@@ -10,7 +10,7 @@ from jaxmllm.errors import InputError
 from jaxmllm.world.clips import Clip, ClipSpec, make_clip
 from jaxmllm.world.grid import grid_targets
 from jaxmllm.world.pages import Page, PageSpec, make_page
-from jaxmllm.world.questions import Record, SceneQuestions, foresight, ocr, tracks
+from jaxmllm.world.questions import QUESTION_KINDS, Record, SceneQuestions, clip_answerable, foresight, ocr, tracks
 from jaxmllm.world.scenes import Scene, SceneSpec, make_scene
 from jaxmllm.world.streams import QUESTIONS, Stream, check_split
 
@@ -76,6 +76,10 @@ class WorldSource:
             object.__setattr__(self, "spec", DEFAULT_SPECS[tasks[0]])
         if not isinstance(self.spec, kind):
             raise InputError(f"spec: task {self.task!r} needs a {kind.__name__}, got {type(self.spec).__name__}")
+        known = [name for task in tasks for name in QUESTION_KINDS.get(task, ())]
+        for name in getattr(self.spec, "kinds", ()):
+            if name not in known:
+                raise InputError(f"ClipSpec.kinds: {name!r} is unknown; use {', '.join(known)}")
         if self.length < 0 or self.questions < 1:
             raise InputError("length must be at least 0 and questions at least 1")
 
@@ -116,7 +120,14 @@ class WorldSource:
         if isinstance(spec, PageSpec):
             return make_page(spec, *address), None
         if isinstance(spec, ClipSpec):
-            return make_clip(spec, *address), None
+            clips = (make_clip(spec, *address, attempt) for attempt in range(_ATTEMPTS))
+            clip = next((clip for clip in clips if clip_answerable(clip, self._weights)), None)
+            if clip is None:
+                raise InputError(
+                    f"ClipSpec.kinds, max_static: {spec.kinds}, {spec.max_static} leave nothing to ask in {_ATTEMPTS} "
+                    "clips; allow more, or raise `speed`, `frames` or `turn`"
+                )
+            return clip, None
         assert spec is not None  # set by __post_init__
         for attempt in range(_ATTEMPTS):
             scene = make_scene(spec, *address, attempt)

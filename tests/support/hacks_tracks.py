@@ -83,7 +83,7 @@ HACKS = [
             "empty answer": "",
             "query box copied everywhere": say([("fox", dict.fromkeys(PATH, STILL[1]))]),
         },
-        known={"query box copied everywhere": "tracks.keep_sample drops clips whose static baseline exceeds 0.7"},
+        known={"query box copied everywhere": "make_query(max_static=.7) asks about subjects that move"},
     ),
     Hack(
         "tracks, query box given",

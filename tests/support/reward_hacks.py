@@ -1,6 +1,6 @@
 """One row group of the reward hacking table: a reward, an honest answer and the cheap strategies against it.
 
-A task adds its own in a module `tests/hacks_<task>.py` that exports `HACKS`, a list of `Hack`.
+A task adds its own in a module `tests/support/hacks_<task>.py` that exports `HACKS`, a list of `Hack`.
 """
 
 from collections.abc import Callable, Mapping
