@@ -172,7 +172,7 @@ def tpl(
     from jaxmllm.data.examples import Asking, Sized
     from jaxmllm.data.sources import open_source
     from jaxmllm.eval import tpl
-    from jaxmllm.eval.intervals import percentiles, ratio, value_and_samples
+    from jaxmllm.intervals import percentiles, ratio, value_and_samples
     from jaxmllm.runfiles import JsonLines
 
     opened = open_source(data)
@@ -206,7 +206,7 @@ def total_reward(style: str, thinking: bool = False) -> Callable[[str, Mapping[s
     from jaxmllm.methods.grpo.reward_calls import task_reward
 
     def total(text: str, record: Mapping[str, Any]) -> float | None:
-        value = task_reward(text, record, style=style, thinking=thinking)
+        value = task_reward(text, record, {"style": style, "thinking": thinking})
         return value["reward"] if isinstance(value, Mapping) else value
 
     return total

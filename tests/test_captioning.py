@@ -224,18 +224,20 @@ def test_thinking_answers():
 
 def test_metric():
     record = {"caption": "A red dog on a mat."}
-    out = c.metric([record["caption"], "A red dog."], [record, record])
-    single = c.metric(["A red dog."], [record])
+    out = c.Captioning().metric([record["caption"], "A red dog."], [record, record])
+    single = c.Captioning().metric(["A red dog."], [record])
     assert out["capture"] == pytest.approx((1 + single["capture"]) / 2)
     assert single["precision"] == pytest.approx(10 / 12)  # claiming no relation is no precise relation
     assert single["recall"] == pytest.approx((5 * 0.5 + 5 * 1 + 2 * 0) / 12)
-    loose = c.metric(["A blue dog and a red mat."], [record])  # CAPTURE's attributes are loose words
+    loose = c.Captioning().metric(["A blue dog and a red mat."], [record])  # CAPTURE's attributes are loose words
     assert loose["recall"] == pytest.approx((5 * 1 + 5 * 1 + 0) / 12)
     text = "one two three four one two three four"
-    rows = c.metric([text, "a b c d"], [{}, {}])
+    rows = c.Captioning().metric([text, "a b c d"], [{}, {}])
     assert "capture" not in rows and rows["words"] == 6
-    assert rows["repeat_4"] == pytest.approx((1 / 5 + 0) / 2) and rows["distinct_4"] == pytest.approx(5 / 6)
-    assert c.metric([], []) == {}
+    assert rows["repeat_4"] == pytest.approx((1 / 5 + 0) / 2) and c.distinct_4([text, "a b c d"]) == pytest.approx(
+        5 / 6
+    )
+    assert c.Captioning().metric([], []) == {}
 
 
 SENTENCES = ("A red dog on a mat.", "A small cat\nis next to the dog.", "The mat is green.", "A lamp.", "")
@@ -249,7 +251,7 @@ def test_words_added_at_the_end_win_nothing_at_equal_length(said, added):
     one, two = c.length_matched([long, "A dog."], [short, "A dog."], [record, record])
     assert one == two
     assert one["words"] == pytest.approx((len(short.split()) + 2) / 2)
-    assert one["recall"] == pytest.approx(c.metric([short, "A dog."], [record, record])["recall"])
+    assert one["recall"] == pytest.approx(c.Captioning().metric([short, "A dog."], [record, record])["recall"])
     assert c.length_matched([short], [long], [record])[1] == c.length_matched([long], [short], [record])[0]
 
 

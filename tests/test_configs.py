@@ -14,13 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from jaxmllm import tasks
 from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
 from jaxmllm.machine.targets import check_layout, known_meshes, load_mesh
 from jaxmllm.methods.grpo.rewards import of_method
 from jaxmllm.tasks import ocr
+from jaxmllm.tasks.detection import Weights
 from jaxmllm.training.config import MeshConfig, TrainConfig, load_config, parse_command
-from jaxmllm.training.setup import asking_of, eval_asking
+from jaxmllm.training.setup import asking_of, eval_asking, task_options
 
 ROOT = Path(__file__).parents[1]
 RUNS = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.parent.name != "meshes")
@@ -84,7 +86,11 @@ def test_documented_variants(path):
     if path.stem in ("counting_2b", "detection_3b"):  # several objects: something to match
         assert configs["_in_order"].method.reward_matching == "order"
     if path.stem == "detection_3b":
-        assert configs["_penalty"].method.detection.penalty and configs["_no_f1"].method.detection.f1 == 0
+        weights = {
+            name: tasks.of({"task": "detection"}, task_options(configs[name])).weights
+            for name in ("_penalty", "_no_f1")
+        }
+        assert weights == {"_penalty": Weights(penalty=True), "_no_f1": Weights(f1=0)}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)

@@ -169,9 +169,9 @@ def test_detection_metric_by_hand():
         fenced(element(PERSON, "person"), element(DOG_BOX, "cat"), element([0, 0, 9, 9], "dog")),
         'cut off: [{"bbox_2d": [300, 150, 400, 250], "label": "dog"}, {"bbox_2d": [1, 2',
     ]
-    figures = detection.metric(texts, [PETS, PETS])
+    figures = detection.Detection().metric(texts, [PETS, PETS])
     assert figures == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "mean_iou": near(1), "boxes": 2.0}
-    strict = detection.metric(texts, [PETS, PETS], rules="released")
+    strict = detection.Detection(rules="released").metric(texts, [PETS, PETS])
     assert (strict["precision"], strict["recall"]) == (near(1 / 3), 0.25)
     tagged = f"<think>x</think><answer>{fenced(element(PERSON, 'person'))}</answer>"
-    assert detection.metric([tagged], [PETS], rules="released")["recall"] == 0.5
+    assert detection.Detection(rules="released").metric([tagged], [PETS])["recall"] == 0.5

@@ -14,12 +14,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 
+from jaxmllm import intervals, tasks
 from jaxmllm.errors import InputError
-from jaxmllm.eval import coco, intervals, measure, predictions, tables
+from jaxmllm.eval import measure, tables
 from jaxmllm.eval.harness import evaluate
-from jaxmllm.eval.intervals import Interval
 from jaxmllm.geometry import box_iou
+from jaxmllm.intervals import Interval
 from jaxmllm.runfiles import read_lines
+from jaxmllm.tasks import coco_ap as coco
 from jaxmllm.tasks import counting, detection, grounding, ocr
 
 SHARED = Path(os.environ.get("JAXMLLM_SHARED") or Path(__file__).resolve().parents[2] / "shared")
@@ -271,16 +273,16 @@ def test_figures_are_the_tasks_own_and_files_say_the_same(tmp_path):
     texts = dict(zip([r["id"] for r in records], gold(records), strict=True))
     texts |= {"g0": "no box", "g1": '[{"bbox_2d": [0, 0, 500, 500], "label": "x"}]', "c0": texts["c1"], "c3": ""}
     got = evaluate(lambda b: [texts[r["id"]] for r in b], records, out_dir=tmp_path, batch_size=5, n_resamples=100)
-    for task, module in (("grounding", grounding), ("counting", counting)):
+    for task in ("grounding", "counting"):
         own = [r for r in records if r["task"] == task]
-        expected = module.metric([texts[r["id"]] for r in own], own)
+        expected = tasks.get(task).metric([texts[r["id"]] for r in own], own)
         figures = got.sources[task].figures
         assert {name: figures[name].value for name in expected} == pytest.approx(expected)
         assert all(f.low is not None and f.low <= f.value <= f.high for f in figures.values())
         assert got.sources[task].n == len(own)
     cats = [r for r in records if r.get("label") == "cat"]
     assert got.sources["counting"].figures["accuracy/cat"].value == pytest.approx(
-        counting.metric([texts[r["id"]] for r in cats], cats)["accuracy"]
+        counting.Counting().metric([texts[r["id"]] for r in cats], cats)["accuracy"]
     )
     assert measure.load(tmp_path) == got
     assert got.flat()["grounding/IoU"] == got.sources["grounding"].figures["IoU"].value
@@ -295,7 +297,7 @@ def test_pooled_detection_figures_have_intervals_and_equal_the_metric(tmp_path):
     records = detection_records(10)
     texts = {r["id"]: detection.answer({**r, **noisy_boxes(r, rng)}) for r in records} | {"d3": "none"}
     got = evaluate(lambda batch: [texts[r["id"]] for r in batch], records, out_dir=tmp_path, n_resamples=100)
-    expected = detection.metric(list(texts.values()), records)
+    expected = detection.Detection().metric(list(texts.values()), records)
     figures = got.sources["detection"].figures
     assert {name: figures[name].value for name in expected} == pytest.approx(expected)
     assert all(figures[name].low < figures[name].value < figures[name].high for name in ("precision", "recall", "AP"))
@@ -371,7 +373,7 @@ def test_another_config_or_other_data_is_refused(tmp_path):
         ({"generate": lambda batch: [1] * len(batch)}, "'int'"),
         ({"batch_size": 0}, "batch_size = 0"),
         ({"options": {"stile": "a"}}, "option 'stile'"),
-        ({"source": [{"id": 1, "size": [2, 2]}], "task": None}, "record 0: task is None"),
+        ({"source": [{"id": 1, "size": [2, 2]}], "task": None}, "record 0: task: None is unknown"),
     ],
 )
 def test_bad_input_gives_one_clear_error(tmp_path, change, message):
@@ -407,7 +409,7 @@ def test_a_chat_is_asked_without_its_last_answer_and_compared_with_it(tmp_path):
     seen = []
     got = evaluate(lambda b: seen.extend(b) or ["hello there"], [record], out_dir=tmp_path, n_resamples=5)
     assert seen[0]["messages"] == [user]
-    assert got.sources["ocr"].figures["f1"].value == 0.5
+    assert got.sources["chat"].figures["f1"].value == 0.5
     assert read_lines(tmp_path / "predictions.jsonl")[0]["question"] == "Read it."
 
 
@@ -456,13 +458,17 @@ def test_change_between_two_evaluations_is_paired(tmp_path):
 
 
 def test_direction_of_figures():
-    def change(name, sign):
-        return measure.Change(name, Interval(1), Interval(1), Interval(sign * 1.0, sign - 0.5, sign + 0.5)).verdict
+    def change(task, name, sign):
+        way = measure.direction(tasks.get(task), name)
+        return measure.Change(name, Interval(1), Interval(1), Interval(sign * 1.0, sign - 0.5, sign + 0.5), way).verdict
 
-    assert (change("mae", 1), change("mae/cat", -1), change("IoU", 1)) == ("worse", "better", "better")
-    assert (change("edit_distance", -1), change("boxes", 1)) == ("better", "")
-    assert (change("future_ade", 1), change("static_ade", 1), change("shade", 1)) == ("worse", "", "better")
-    assert measure.Change("IoU", Interval(1), Interval(2), None).verdict == "unclear"
+    assert (change("counting", "mae", 1), change("counting", "mae/cat", -1)) == ("worse", "better")
+    assert (change("grounding", "IoU", 1), change("detection", "boxes", 1)) == ("better", "")
+    assert change("ocr", "edit_distance", -1) == "better"
+    assert change("foresight", "future_ade", 1) == "worse" and change("foresight", "static_ade", 1) == ""
+    assert change("grounding", "perplexity", 1) == "", "an unknown figure is neutral"
+    assert change("grounding", "reward", 1) == change("grounding", "reward_short", 1) == "better"
+    assert measure.Change("IoU", Interval(1), Interval(2), None, 1).verdict == "unclear"
 
 
 def test_tables(tmp_path):
@@ -476,8 +482,10 @@ def test_tables(tmp_path):
     assert "[red]evil[/red]" in console.file.getvalue()
 
 
-def test_options_go_to_the_functions_that_take_them():
-    assert predictions.accepted(ocr.metric, {"style": "a", "thinking": True}) == {"thinking": True}
+def test_options_go_to_the_tasks_that_have_them():
+    options = {"style": "qwen2_vl", "thinking": "true", "ocr.wording": "evaluation"}
+    assert tasks.of({"task": "ocr"}, options) == ocr.OCR(thinking=True, wording="evaluation")
+    assert tasks.of({"task": "grounding"}, options) == grounding.Grounding("qwen2_vl", True)
 
 
 @pytest.mark.skipif(not (SHARED / "data/bccd/val.json").exists(), reason="no real photographs here")

@@ -23,7 +23,7 @@ def test_unreadable_records_are_left_out_up_to_the_limit(tmp_path, caplog):
     assert got.sources["grounding"].n == 3 and caplog.text.count("left out: annotations.json, record") == 2
     with pytest.raises(InputError, match="^annotations.json, record 1: torn$"):
         evaluate(gold, records, out_dir=tmp_path / "none")
-    with pytest.raises(InputError, match="record 3: torn; 2 records could not be read, max_bad_records is 1"):
+    with pytest.raises(InputError, match="record 3: torn; 2 records failed, max_bad_records is 1"):
         evaluate(gold, records, out_dir=tmp_path / "one", max_bad_records=1)
     with pytest.raises(InputError, match="no record could be read"):
         evaluate(gold, AllTorn([{}]), out_dir=tmp_path / "all", max_bad_records=9)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxmllm.eval.intervals import Interval
+from jaxmllm.intervals import Interval
 from jaxmllm.runfiles import write_json
 from tests.benchmarks import findings, findings_table
 
@@ -19,7 +19,8 @@ def leave(folder, case, seed, right):
             "source": "world:counting",
             "task": "counting",
             "index": k,
-            "group": None,
+            "groups": [],
+            "unit": None,
             "figures": {"accuracy": hit, "mae": 1 - hit},
         }
         for k, hit in enumerate(np.asarray(right, float))

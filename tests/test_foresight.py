@@ -144,7 +144,7 @@ def test_chat_answers_write_the_path_first_and_then_the_future():
     assert [a for _, a in turns] == ["Two dogs and a cat.", answer, f"The cat{other} sits still."]
     assert turns[0][0].count("<image>") == 3 and not any("<image>" in q for q, _ in turns[1:])
     assert foresight.reward(answer, record) is None  # free text stays supervised
-    assert foresight.metric([answer], [record])["ao"] == 1
+    assert foresight.Foresight().metric([answer], [record])["ao"] == 1
 
 
 def test_checkable_future_is_half_of_the_reward():
@@ -183,14 +183,14 @@ def test_negative_questions_are_rewarded_for_denial_alone():
 
 def test_measures_and_baselines():
     record = query(kind="tracking", ids=[5], horizon=2)
-    got = foresight.metric([foresight.answer(record)], [record])
+    got = foresight.Foresight().metric([foresight.answer(record)], [record])
     assert got["ao"] == got["reward"] == got["future_ao"] == got["velocity_ao"] == 1 and got["ade"] == 0
     gt = foresight.ground_truth(record)[1]
     ious = [float(box_iou(gt[1], gt[t])) for t in range(2, 6)]
     assert got["static_ao"] == pytest.approx(np.mean(ious))
     assert got["static_ade"] == pytest.approx(25 * 2.5) and got["static_fde"] == pytest.approx(100)
-    assert foresight.metric(["", ""], [record, STILL | {"query": {"kind": "rec"}}])["ao"] == 0
-    assert foresight.metric([], []) == {}
+    assert foresight.Foresight().metric(["", ""], [record, STILL | {"query": {"kind": "rec"}}])["ao"] == 0
+    assert foresight.Foresight().metric([], []) == {}
 
 
 def test_prompts_that_copying_solves_are_dropped():

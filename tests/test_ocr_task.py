@@ -50,7 +50,7 @@ def test_ocr_metrics():
     assert ocr.page_metrics("a", "b", rules="released")["f1"] == 0
     chinese = ocr.page_metrics("我爱你", "我爱他")
     assert 0 < chinese["f1"] < 1 and chinese["edit_distance"] == near(1 / 3)
-    both = ocr.metric(["a b", "x"], [{"text": "a b"}, {"text": "y"}])
+    both = ocr.OCR().metric(["a b", "x"], [{"text": "a b"}, {"text": "y"}])
     assert both["edit_distance"] == 0.5 and both["f1"] == 0.5
 
 

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmllm.tasks import answers, counting, detection, grounding, ocr
-from jaxmllm.tasks import get as get_task
+from jaxmllm.tasks import answers, counting, detection, grounding, module, ocr
 from jaxmllm.tasks import names as task_names
 from tests.support.answer_texts import END, PAD, box, element, fenced, ref
 
@@ -24,7 +23,7 @@ PARSERS = {
     f"{task}: {name}": parser
     for task in task_names()
     if find_spec(f"jaxmllm.tasks.{task}")
-    for name, parser in get_task(task).PARSERS.items()
+    for name, parser in module(task).PARSERS.items()
 }
 PARSERS |= {
     "thinking format": answers.thinking_format,

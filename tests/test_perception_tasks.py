@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxmllm.errors import InputError
 from jaxmllm.tasks import answers, counting, detection, grounding, names, ocr
 from jaxmllm.tasks import get as get_task
 from tests.support.answer_texts import END, IMAGE, PAD, box, element, fenced, near, ref
@@ -22,8 +23,8 @@ STYLES = tuple(answers.STYLES)
 
 def test_registry():
     assert {"grounding", "counting", "detection", "ocr"} <= set(names())
-    assert get_task("ocr") is ocr
-    with pytest.raises(KeyError, match="unknown task 'dog'.*grounding"):
+    assert get_task("ocr") == ocr.OCR()
+    with pytest.raises(InputError, match="'dog' is unknown.*grounding"):
         get_task("dog")
 
 
@@ -202,12 +203,12 @@ def test_grounding_rules_and_power_are_choices():
 def test_grounding_metric_by_hand():
     good, half = ref("c") + box(100, 100, 500, 500), ref("c") + box(100, 100, 500, 300)
     far = ref("c") + box(600, 600, 700, 700)
-    figures = grounding.metric([good, half, far, "nothing"], [CUP] * 4, style="qwen2_vl")
+    figures = grounding.Grounding("qwen2_vl").metric([good, half, far, "nothing"], [CUP] * 4)
     assert figures["IoU"] == near(1.5 / 4)
     assert figures["Acc@0.3"] == 0.5
     assert figures["Acc@0.5"] == 0.25  # an exact half is a miss, as published
     assert figures["Acc@avg"] == 0.25 and figures["center_acc"] == 0.5
-    assert grounding.metric([], []) == {}
+    assert grounding.Grounding().metric([], []) == {}
 
 
 # --- counting -------------------------------------------------------------------------------------------------------
@@ -260,7 +261,8 @@ BIRDS = {
 def points_answer(points, style):
     if style == "qwen2_vl":
         return ref("bird") + "".join(box(x, y, x, y) for x, y in points) + END
-    return fenced(*({"point_2d": [x * 0.644, y * 0.476], "label": "bird"} for x, y in points))
+    across, down = (0.644, 0.476) if answers.STYLES[style].frame == "resized" else (1, 1)
+    return fenced(*({"point_2d": [x * across, y * down], "label": "bird"} for x, y in points))
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -321,9 +323,9 @@ def test_corrected_counting_differences():
 def test_counting_metric_by_hand():
     records = [BIRDS, BIRDS, {**BIRDS, "points": [], "count": 0}]
     three = "any text " + box(0, 0, 1, 1) * 3
-    figures = counting.metric([three, box(0, 0, 1, 1), "none"], records, style="qwen2_vl")
+    figures = counting.Counting("qwen2_vl").metric([three, box(0, 0, 1, 1), "none"], records)
     assert figures == {"accuracy": near(2 / 3), "mae": near(2 / 3)}
-    released = counting.metric([three, box(0, 0, 1, 1), "none"], records, style="qwen2_vl", rules="released")
+    released = counting.Counting("qwen2_vl", rules="released").metric([three, box(0, 0, 1, 1), "none"], records)
     assert released["accuracy"] == near(1 / 3)  # a true 0 can never be right
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from jaxmllm.data.formats import Rows, image_size
 from jaxmllm.data.sources import Grouped, open_source, sample, where
 from jaxmllm.errors import InputError
-from jaxmllm.tasks.detection import COCO_IDS
+from jaxmllm.tasks.coco_ids import COCO_IDS
 from jaxmllm.world.source import WorldSource
 from tests.test_sources import SHARED, picture, write
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxmllm.eval.harness import evaluate
 from jaxmllm.tasks import relation_graphs as graphs
 from jaxmllm.tasks import relations
 from tests.test_relation_graphs import record_pair
@@ -207,14 +208,32 @@ def test_sanity_levels():
 def test_measures_of_completions():
     records = [r | {"id": r["twin"]} for seed in range(3) for r in record_pair(seed, 2)]
     gold = [relations.answer(r) for r in records]
-    got = relations.metric(gold, records, max_train_len=11)
-    assert got["joint_acc"] == got["pair_acc"] == got["joint_acc/edges=2"] == got["format"] == 1
+    got = relations.Relations().metric(gold, records)
+    assert got["joint_acc"] == got["format"] == 1
     assert got["said_match"] == 0.5 and got["mrr_chance"] == 0.5
-    broken = relations.metric(["?"] * 6, records)
-    assert {broken[k] for k in ("match_acc", "grd_acc", "mrr_acc", "mrr_acc_oracle", "overall_acc", "format")} == {0}
-    alone = relations.metric(gold[:1], records[:1])
-    assert "mrr_acc" not in alone and "pair_acc" not in alone and alone["grd_acc"] == 1
-    assert relations.metric([], []) == {}
+    broken = relations.Relations().metric(["?"] * 6, records)
+    assert {broken[k] for k in ("match_acc", "grd_acc", "mrr_acc", "overall_acc", "format")} == {0}
+    assert "said_match" not in broken, "what cannot be read says neither"
+    alone = relations.Relations().metric(gold[:1], records[:1])
+    assert "mrr_acc" not in alone and alone["grd_acc"] == 1
+    assert relations.Relations().metric([], []) == {}
+
+
+def test_a_pair_is_right_where_both_twins_are(tmp_path):
+    records = [
+        r | {"id": f"{r['twin']}-{k}", "task": "relations"}
+        for seed in range(4)
+        for k, r in enumerate(record_pair(seed, 2))
+    ]
+    answers = {r["id"]: relations.answer(r) for r in records}
+    answers[records[0]["id"]] = answers[records[3]["id"]] = "?"  # one twin of the first two pairs
+    got = evaluate(lambda rows: [answers[r["id"]] for r in rows], records, out_dir=tmp_path, n_resamples=50)
+    figures = got.sources["relations"].figures
+    assert figures["pair_acc"].value == 0.5 and figures["joint_acc"].value == 0.75
+    lonely = evaluate(
+        lambda rows: [answers[r["id"]] for r in rows], records[:1], out_dir=tmp_path / "one", n_resamples=5
+    )
+    assert "pair_acc" not in lonely.sources["relations"].figures
 
 
 # ---- backbones without generation

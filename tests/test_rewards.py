@@ -117,16 +117,17 @@ def test_the_task_reward_gets_the_options_of_the_run(tmp_path):
     record = dict(open_source("world:detection?size=84x84&objects=3-3&length=1")[0]) | {"resized": [84, 84]}
     text = detection.answer(dict(record, boxes=record["boxes"][::-1], labels=record["labels"][::-1]))
     cases = {
-        "usual": (GRPO(), {}),
-        "in order": (GRPO(reward_matching="order"), {"matching": "order"}),
+        "usual": (GRPO(), {}, {}),
+        "in order": (GRPO(reward_matching="order"), {}, {"matching": "order"}),
         "terms": (
-            GRPO(detection=detection.Weights(f1=0.5, penalty=True)),
+            GRPO(),
+            {"detection.weights.f1": "0.5", "detection.weights.penalty": "true"},
             {"weights": detection.Weights(f1=0.5, penalty=True)},
         ),
     }
     found = {}
-    for name, (method, options) in cases.items():
-        table, _ = of_method(method, STYLE)([text], [record])
+    for name, (method, of_run, options) in cases.items():
+        table, _ = of_method(method, STYLE | of_run)([text], [record])
         found[name] = table[0, 0]
         assert table[0, 0] == detection.reward(text, record, style="qwen2_5_vl", **options)["reward"]
     assert found["usual"] == pytest.approx(3)

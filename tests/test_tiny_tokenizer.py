@@ -120,7 +120,7 @@ BUDGET = {"grounding": (10, 15), "counting": (8, 110), "ocr": (1, 12), "relation
 
 @pytest.mark.parametrize("task", BUDGET)
 def test_questions_and_answers_are_short(task):
-    source, module = WorldSource(task), tasks.get(task)
+    source, module = WorldSource(task), tasks.module(task)
     for i in range(50):
         record = source[i]
         question, answer = pieces(module.prompt(record)), pieces(module.answer(record))
@@ -130,18 +130,18 @@ def test_questions_and_answers_are_short(task):
 
 def test_each_more_box_costs_few_tokens():
     source = WorldSource("detection", spec=SceneSpec(objects=(6, 6)))
-    answer = pieces(tasks.get("detection").answer(source[0]))
+    answer = pieces(tasks.module("detection").answer(source[0]))
     assert len(answer) == 6 * 10 + 1, answer
     clip = WorldSource("tracks", spec=ClipSpec(frames=6))
     record = next(r for r in map(clip.__getitem__, range(50)) if r["query"]["kind"] == "event")
-    answer = pieces(tasks.get("tracks").answer(record))
+    answer = pieces(tasks.module("tracks").answer(record))
     assert len(answer) <= 12 + 6 * 10, answer
 
 
 def test_questions_hold_no_spelled_words():
     """Every word of the tasks' questions is a piece, so none is read letter by letter."""
     for task in ("grounding", "counting", "detection", "ocr", "captioning", "tracks", "foresight", "relations"):
-        source, module = WorldSource(task), tasks.get(task)
+        source, module = WorldSource(task), tasks.module(task)
         for i in range(60):
             found = pieces(module.prompt(source[i]))
             letter = [len(piece) == 1 and piece.isalpha() for piece in found]

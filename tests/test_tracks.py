@@ -383,9 +383,9 @@ def test_tracks_of_experts_that_are_good_enough():
 def test_metric_averages_the_parts_and_reports_the_static_copy():
     rng = np.random.default_rng(3)
     records = [tracks.make_query(clip(), rng, [kind]) for kind in ("phrase", "trajectory")]
-    out = tracks.metric([tracks.answer(records[0]), ""], records)
+    out = tracks.Tracks().metric([tracks.answer(records[0]), ""], records)
     assert out["reward"] == out["traj"] == out["format"] == out["attr"] == 0.5 and 0 < out["static_traj"] < 1
-    assert tracks.metric([], []) == {}
+    assert tracks.Tracks().metric([], []) == {}
 
 
 @pytest.mark.parametrize("option", [{"form": "json"}, {"style": "pixels"}])

@@ -43,7 +43,7 @@ def digest(source: WorldSource, indices) -> str:
         for record in source.records(i):
             for image in record["images"]:
                 total.update(image.tobytes())
-            rest = {key: value for key, value in record.items() if key != "images"}
+            rest = {key: value for key, value in record.items() if key not in ("images", "unit")}
             total.update(json.dumps(rest, sort_keys=True).encode())
     return total.hexdigest()
 

@@ -29,7 +29,6 @@ More SFT on the same questions, to compare with:
 """
 
 from jaxmllm.methods import GRPO
-from jaxmllm.tasks.detection import Weights
 from jaxmllm.training.config import DataConfig, OptimConfig, TrainConfig
 
 PHOTOS = "coco:../shared/data/bccd/{}.json?order=left&task={}"
@@ -41,7 +40,6 @@ config = TrainConfig(
         max_completion_length=256,
         epsilon_high=0.28,
         temperature=0.5,
-        detection=Weights(penalty=True),
     ),
     model="runs/bccd_sft/export",
     trainable=r"(?!vision/).*",
@@ -53,6 +51,7 @@ config = TrainConfig(
         eval=(PHOTOS.format("val", "detection"), PHOTOS.format("val", "counting")),
         eval_samples=1000,
         max_pixels=10_000,
+        task_options=("detection.weights.penalty=true",),  # of the reward
     ),
     optim=OptimConfig(learning_rate=2e-4, lr_scheduler_type="linear", adam_beta2=0.98),
     completions_steps=40,

@@ -25,8 +25,8 @@ Variants (a name of its own keeps each run apart):
     --name detection_3b_kl0 --method.beta 0                                     no KL term, no reference model
     --name detection_3b_in_order --method.reward_matching order              boxes paired as listed: no reward matching
     --name detection_3b_released --method.reward_rules released              the reward as published, its bugs included
-    --name detection_3b_penalty --method.detection.penalty                   minus 0.5 x share of missed objects
-    --name detection_3b_no_f1 --method.detection.f1 0                        without the count term; .label 0, .iou 0: the others
+    --name detection_3b_penalty --data.task_options detection.weights.penalty=true    minus 0.5 x share of missed objects
+    --name detection_3b_no_f1 --data.task_options detection.weights.f1=0      without the count term; .label=0, .iou=0: the others
     --name detection_3b_sft --method sft --optim.learning_rate 1e-5           SFT only
     --name detection_3b_sft_rl --model runs/detection_3b_sft/export           SFT, then RL
     --batch_size 64 --optim.gradient_accumulation_steps 1                     64 chips (v5e_64): a prompt each

@@ -2,18 +2,15 @@
 
 import collections
 import dataclasses
-import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-from PIL import Image
 
 from jaxmllm.data.chat import Processor
 from jaxmllm.data.examples import Asking, sized
 from jaxmllm.data.formats import Record
+from jaxmllm.data.overlap import question_key
 from jaxmllm.data.selection import RecordSource, all_records, where
 from jaxmllm.errors import InputError
 
@@ -83,7 +80,7 @@ class Look:
             answer=answer,
             pictures=(tuple(record["size"]),) if len(images) == 1 and "size" in record else (),
             resized=tuple((frames.grid[2] * pixels, frames.grid[1] * pixels) for frames in images),
-            question=_key(chat),
+            question=question_key(chat),
         )
 
     def gold(self, record: Record) -> str | None:
@@ -110,31 +107,6 @@ def _reason(error: InputError, name: str) -> str:
 
 def _short(text: str, length: int = 60) -> str:
     return repr(text if len(text) <= length else text[: length - 2] + "..")
-
-
-def _key(chat: Sequence[Mapping[str, Any]]) -> str:
-    """A digest of what is asked about which pictures: of files their bytes, so that a copy by another name is the same."""
-    digest = hashlib.sha256()
-    for message in chat:
-        content = message["content"]
-        for part in [{"text": content}] if isinstance(content, str) else content:
-            if (text := part.get("text")) is not None:
-                digest.update(str(text).encode("utf-8", "surrogatepass"))
-            for kind in ("image", "video"):
-                if (picture := part.get(kind)) is not None:
-                    digest.update(_picture(picture))
-    return digest.hexdigest()
-
-
-def _picture(value: Any) -> bytes:
-    """Of a file its bytes, of an array or a Pillow image its pixels; of a folder of frames its name."""
-    if isinstance(value, list | tuple):
-        return b"".join(map(_picture, value))
-    if isinstance(value, np.ndarray | Image.Image):
-        return np.asarray(value).tobytes()
-    if isinstance(value, bytes):
-        return value
-    return Path(value).read_bytes() if Path(value).is_file() else str(value).encode("utf-8", "surrogatepass")
 
 
 # ---------------------------------------------------------------- what is said

@@ -1,10 +1,7 @@
 """A record, or several about one image, as a prompt and the completions to learn."""
 
 import dataclasses
-import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +13,8 @@ from jaxmllm.data.formats import Record, Source, image_size, shorten
 from jaxmllm.data.images import PixelConfig, image_frames, smart_resize
 from jaxmllm.data.sources import RecordSource, all_records, where
 from jaxmllm.errors import InputError
+from jaxmllm.tasks.chat import Chat, last_turn
+from jaxmllm.tasks.task import Task, pictures
 from jaxmllm.types import Completions
 
 KEPT_PREFIXES = 256  # combinations of image sizes
@@ -47,32 +46,27 @@ class Encoded:
 class Asking:
     """How records become questions and gold answers.
 
-    `options` are keyword arguments of the tasks' `prompt` and `answer` (style, thinking, wording, form, ..); each
-    function gets those that it knows. `system` is the system turn; None: the template's own.
+    `options` are options of the tasks (style, thinking, wording, form, ..); each task takes those that it has. `system` is the
+    system turn; None: the template's own.
     """
 
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     system: str | None = None
 
     def __post_init__(self):
-        known = {name for task in map(tasks.get, tasks.names()) for f in _functions(task) for name in _parameters(f)}
-        for name in self.options:
-            if name not in known:
-                raise InputError(f"option {name!r} is known to no task; known are {', '.join(sorted(known))}")
+        tasks.check_options(self.options)
+
+    def task(self, record: Mapping[str, Any]) -> Task:
+        """The record's task with these options."""
+        return tasks.of(record, self.options)
 
     def parts(self, record: Record) -> list[dict[str, Any]]:
         """The user's message about a record of a task: its pictures and then the question, or as the task places them."""
-        task = _task(record)
-        if hasattr(task, "content"):
-            return _call(task.content, record, self.options)
-        return [*pictures(record), _text(_call(task.prompt, record, self.options))]
+        return self.task(record).content(record)
 
     def answer(self, record: Record) -> str:
         """The gold completion, without the end of the turn: of a chat its last turn."""
-        if "messages" in record:
-            content = record["messages"][-1]["content"]
-            return content if isinstance(content, str) else "".join(part["text"] for part in content)
-        return _call(_task(record).answer, record, self.options)
+        return last_turn(record["messages"]) if "messages" in record else self.task(record).gold(record)
 
     def opening(self) -> list[Message]:
         """The system turn, if there is one."""
@@ -91,13 +85,9 @@ class Asking:
 
     def title(self, record: Record) -> str:
         """What a record asks, in few words: what to find or count, or the last question of a chat."""
-        short = record.get("expression") or record.get("label")
-        if short:
-            return str(short)
-        messages = self.conversation(record)
-        content = messages[-1]["content"]
-        parts = [_text(content)] if isinstance(content, str) else content
-        return "".join(part["text"] for part in parts if part["type"] == "text")
+        if "messages" in record:
+            return Chat().title(record)
+        return self.task(record).title(record)
 
     def with_opening(self, messages: Sequence[Message]) -> list[Message]:
         """A chat with the system turn, unless it has its own."""
@@ -106,33 +96,6 @@ class Asking:
 
 def _text(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
-
-
-def pictures(record: Record) -> list[dict[str, Any]]:
-    """The record's images, then its videos, as parts of a message."""
-    images = [{"type": "image", "image": image} for image in record.get("images", ())]
-    return images + [{"type": "video", "video": video} for video in record.get("videos", ())]
-
-
-def _task(record: Record) -> ModuleType:
-    name = record.get("task")
-    if name not in tasks.names():
-        raise InputError(f"task: {shorten(name)} is unknown; use one of {', '.join(tasks.names())}, or give messages")
-    return tasks.get(name)
-
-
-def _functions(task: ModuleType) -> list[Callable[..., Any]]:
-    return [getattr(task, name) for name in ("prompt", "answer", "content") if hasattr(task, name)]
-
-
-def _call(function: Callable[..., Any], record: Record, options: Mapping[str, Any]) -> Any:
-    known = _parameters(function)
-    return function(record, **{key: value for key, value in options.items() if key in known})
-
-
-@functools.cache
-def _parameters(function: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(list(inspect.signature(function).parameters)[1:])
 
 
 # ---------------------------------------------------------------- what the model sees

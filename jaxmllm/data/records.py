@@ -14,7 +14,7 @@ from jaxmllm import tasks
 from jaxmllm.data.formats import FRAMES, Record, box, choose, image_size, media, numbers, shorten, text, to_pixels
 from jaxmllm.data.images import smart_resize
 from jaxmllm.errors import InputError
-from jaxmllm.tasks.detection import COCO_IDS
+from jaxmllm.tasks.coco_ids import COCO_IDS
 
 ROLES = ("system", "user", "assistant", "tool")
 PR1_TASKS = ("grounding", "counting", "detection", "ocr")

@@ -7,17 +7,19 @@ The folder of an evaluation, readable without this library:
 | `config.json`                            | options and whatever the caller says identifies model and data            |
 | `predictions.jsonl`                      | one line a record, in the order they were asked; written as they come     |
 | `metrics.json`                           | figures with intervals                                                    |
-| `<source>/ground_truth.json`             | detection: COCO annotations of the records asked                          |
-| `<source>/coco_results.json`             | detection: COCO results in original pixels                                |
+| `<source>/*.json`                        | the task's files for other tools: COCO annotations and results, say       |
 | `pictures/`                              | small copies of the first pictures, for reports                           |
 
 A line of `predictions.jsonl`: `source`, `task`, `id`, `index`; `question`; `text`, the completion; `prediction` and
 `target` in original pixels ("boxes" [x1, y1, x2, y2], "points", "labels", "count", "text"); `size`; `figures` of this
-record (a number, or [top, bottom] of a pooled ratio); `group` (see `by`); `picture`, a path in the folder, or null.
+record (a number, or [top, bottom] of a pooled ratio); `groups` of the figures by group (see `by`); `unit`, what is resampled
+together, or null; `picture`, a path in the folder, or null.
 
 An evaluation that was stopped goes on where it was: records that have a line are not asked again.
 """
 
+import dataclasses
+import heapq
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,14 +30,17 @@ from PIL import Image
 from jaxmllm import tasks
 from jaxmllm.data.images import load_image
 from jaxmllm.errors import InputError
-from jaxmllm.eval import predictions
-from jaxmllm.eval.intervals import CONFIDENCE, RESAMPLES
-from jaxmllm.eval.measure import Evaluation, Resampling, folder_name, measure, save
-from jaxmllm.eval.predictions import Record
+from jaxmllm.eval.frames import other_frame
+from jaxmllm.eval.measure import Evaluation, Measured, Resampling, badness, direction, folder_name, measure, save
+from jaxmllm.intervals import CONFIDENCE, RESAMPLES
 from jaxmllm.runfiles import JsonLines, claim, read_lines
+from jaxmllm.tasks.chat import last_turn
+from jaxmllm.tasks.task import Record, Task
 
 log = logging.getLogger(__name__)
 Generate = Callable[[Sequence[Record]], Sequence[str]]
+Judge = Callable[[Sequence[str], Sequence[Record]], Sequence[Mapping[str, float]]]  # a run's own rewards of completions
+WORST = 6  # records of a source, answered worst, whose pictures are kept too
 PICTURE_SIDE, PNG_SIDE = 320, 160  # pixels: pictures are shrunk to the first; up to the second they are kept losslessly
 
 
@@ -56,9 +61,11 @@ def evaluate(
     batch_size: int = 16,
     limit: int | None = None,
     options: Mapping[str, Any] | None = None,
+    judge: Judge | None = None,
     config: Any = None,
     by: str | None = None,
     save_pictures: int = 0,
+    notes: Mapping[str, str] | None = None,
     max_bad_records: int = 0,
     n_resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
@@ -74,16 +81,18 @@ def evaluate(
         generate: completions of a batch of records, in order; should be greedy, so that a resumed run says the same.
         source: records by index, or several such sources by name. Records of a bare source are measured by task.
         task: the task to pose; None: each record's own `task`. A chat (`messages`) is asked without its last answer,
-            which its completion is compared with; its task, if it has none, is `ocr`: figures of a text.
+            which is its `text`; its task, if it has none, is `chat`: what is compared is that text.
         out_dir: folder of this evaluation; goes on with what it holds.
         batch_size: records a call of `generate`; fewer at the end of a source and when going on.
         limit: first records of each source to ask; None: all.
-        options: of the task's functions: `style`, `thinking`, `rules`, ..
+        options: of the tasks: `style`, `thinking`, `rules`, ..
+        judge: further figures of completions, called `reward` or `reward_..`: they come first, and larger is better.
         config: what else decides the completions (checkpoint, data, decoding); plain values or a dataclass.
         by: record field; the main figures are also given for each of its values, where these have 20 records on average.
-            Counting: `label` unless given.
-        save_pictures: first records of each source whose picture is kept.
-        max_bad_records: records that may be unreadable; they are left out, with a warning.
+            None: by the task's own groups.
+        save_pictures: first records of each source whose picture is kept; the worst ones' are kept too.
+        notes: by source, what a person should know before believing the figures.
+        max_bad_records: records that may fail, when they are read or when they are asked; they are left out, with a warning.
         n_resamples, confidence, seed: of the bootstrap intervals; for AP images are resampled.
         on_batch: called after every batch with (records done, records in all).
 
@@ -95,7 +104,7 @@ def evaluate(
     options, out = dict(options or {}), Path(out_dir)
     if batch_size < 1 or (limit is not None and limit < 1):
         raise InputError(f"batch_size = {batch_size}, limit = {limit}: must be at least 1")
-    predictions.check_options(options, [task] if task else tasks.names())
+    tasks.check_options(options, [task] if task else ())
     sources = source if isinstance(source, Mapping) else {"": source}
     total = sum(min(len(s), limit or len(s)) for s in sources.values())
     if not total:
@@ -103,95 +112,163 @@ def evaluate(
     claim(out, {"task": task, "options": options, "config": config})
     done = {(line["source"], line["id"]): line for line in read_lines(out / "predictions.jsonl")}
     asked: dict[str, list[tuple[Record, dict[str, Any]]]] = {}  # records without images, with their lines
-    finished, warned = 0, False
+    finished, warned, bad, worst = 0, False, _Bad(max_bad_records), _Worst(min(save_pictures, WORST))
     with JsonLines(out / "predictions.jsonl") as file:
-        for batch in _batches(sources, task, limit, batch_size, max_bad_records):
-            new = [item for item in batch if item[:2] not in done]
-            if not warned and any("images" in record and "resized" not in record for *_, record in new):
+        for batch in _batches(sources, task, limit, batch_size, options, bad):
+            new = [item for item in batch if (item.source, item.id) not in done]
+            if not warned and any("images" in item.record and "resized" not in item.record for item in new):
                 log.warning("records have no `resized`: their boxes are read as if the model saw the original size")
                 warned = True
-            texts = _generated(generate, [record for *_, record in new])
             lines = []
-            for (name, key, index, record), text in zip(new, texts, strict=True):
-                place = len(asked.get(name, ())) + sum(item[0] == name and item[2] < index for item in batch)
-                picture = _save_picture(out, name, index, record) if place < save_pictures else None
-                lines.append(_line(name, key, index, record, text, options, by) | {"picture": picture})
+            for item, text, rewards in _answered(generate, judge, new, bad):
+                place = len(asked.get(item.source, ()))
+                place += sum(other.source == item.source and other.index < item.index for other in batch)
+                picture = _save_picture(out, item) if place < save_pictures else None
+                line = _line(item, text, by) | {"picture": picture}
+                lines.append(line | {"figures": {**rewards, **line["figures"]}})
             file.append(lines)
             done |= {(line["source"], line["id"]): line for line in lines}
-            for name, key, index, record in batch:
-                light = _without_images(record)
-                line = done[name, key]
-                if line["index"] != index:
-                    first, second = sorted((line["index"], index))
-                    raise InputError(
-                        f"source {name!r}: records {first} and {second} both have the id {key!r}; ids must be "
-                        "unique, and a record keeps its place"
-                    )
-                _check_unchanged(line, record, options)
-                asked.setdefault(name, []).append((light, line))
+            for item in batch:
+                if (item.source, item.id) in done:  # otherwise it could not be asked
+                    line = done[item.source, item.id]
+                    _check_unchanged(line, item)
+                    asked.setdefault(item.source, []).append((_without_images(item.record), line))
+                    worst(item, line)
             finished += len(batch)
             if on_batch:
                 on_batch(finished, total)
-    how = Resampling(n_resamples, seed, confidence)
     if not asked:
         raise InputError("nothing to evaluate: no record could be read")
-    evaluation = Evaluation(
-        {
-            name: measure(
-                [record for record, _ in pairs],
-                [line for _, line in pairs],
-                options,
-                out / folder_name(name),
-                how,
-                _category_ids(sources.get(name, source)),
-            )
-            for name, pairs in asked.items()
-        },
-        confidence,
-    )
+    worst.save(out)
+    how = Resampling(n_resamples, seed, confidence)
+    figures = {}
+    for name, pairs in asked.items():
+        ids = _category_ids(sources.get(name, source))
+        figures[name] = _measured(name, pairs, options, out, how, ids, (notes or {}).get(name, ""))
+    evaluation = Evaluation(figures, confidence)
     save(out, evaluation, how)
     return evaluation
 
 
-Item = tuple[str, str, int, Record]  # name of the source, id, index in the source, record
+def _measured(
+    name: str,
+    pairs: Sequence[tuple[Record, dict[str, Any]]],
+    options: Mapping[str, Any],
+    out: Path,
+    how: Resampling,
+    ids: Mapping[str, int] | None,
+    note: str,
+) -> Measured:
+    records, lines = [record for record, _ in pairs], [line for _, line in pairs]
+    hint = other_frame(tasks.of({"task": lines[0]["task"]}, options), [line["text"] for line in lines], records)
+    if hint:
+        log.warning("%s: %s", name, hint)
+    notes = [text for text in (note, hint) if text]
+    return measure(records, lines, options, out / folder_name(name), how, ids, notes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """A record to ask about."""
+
+    source: str  # its name
+    id: str
+    index: int  # in the source
+    where: str  # the source's own words for it: file and row
+    record: Record
+    task: Task
+    question: str
+    target: dict[str, Any]
+
+
+class _Bad:
+    """Counts the records that fail, and raises where there are too many."""
+
+    def __init__(self, most: int):
+        self.most, self.count = most, 0
+
+    def __call__(self, error: Exception) -> None:
+        self.count += 1
+        if self.count > self.most:
+            hint = f"; {self.count} records failed, max_bad_records is {self.most}" if self.most else ""
+            raise InputError(f"{error}{hint}") from None
+        log.warning("left out: %s", error)
 
 
 def _batches(
-    sources: Mapping[str, Source], task: str | None, limit: int | None, batch_size: int, max_bad_records: int
-) -> Iterator[list[Item]]:
-    bad = 0
+    sources: Mapping[str, Source],
+    task: str | None,
+    limit: int | None,
+    batch_size: int,
+    options: Mapping[str, Any],
+    bad: _Bad,
+) -> Iterator[list[_Item]]:
     for name, source in sources.items():
         n = min(len(source), limit or len(source))
         for start in range(0, n, batch_size):
             batch = []
             for index in range(start, min(start + batch_size, n)):
                 try:
-                    record = _posed(source[index], task, name, index)
+                    batch.append(_posed(source, name, index, task, options))
                 except InputError as error:
-                    bad += 1
-                    if bad > max_bad_records:
-                        hint = f"; {bad} records could not be read, max_bad_records is {max_bad_records}"
-                        raise InputError(f"{error}{hint if max_bad_records else ''}") from None
-                    log.warning("left out: %s", error)
-                    continue
-                batch.append((name or record["task"], str(record.get("id", index)), index, record))
+                    bad(error)
             yield batch
 
 
-def _posed(record: Record, task: str | None, name: str, index: int) -> Record:
-    """The record with its task; a chat loses its last answer, which becomes the text (and caption) to compare with."""
-    task = task or record.get("task")
-    posed: dict[str, Any] = {**record, "task": task}
+def _posed(source: Source, name: str, index: int, task: str | None, options: Mapping[str, Any]) -> _Item:
+    """The record with its task, its question and what is true; a chat's last answer is its `text` (and caption)."""
+    record = source[index]
+    described = getattr(source, "where", None)
+    where = described(index) if described else f"source {name!r}, record {index}"
+    named = task or record.get("task") or (tasks.CHAT if "messages" in record else None)
+    posed: dict[str, Any] = {**record, "task": named}
     messages = record.get("messages")
     if messages and not {"text", "caption"} & record.keys():
-        posed["task"] = task or "ocr"
-        last = messages[-1] if messages[-1]["role"] == "assistant" else {"content": str(record.get("solution", ""))}
-        posed["messages"] = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        posed["text"] = posed["caption"] = _message_text(last)
-    if posed["task"] not in tasks.names():
-        known = ", ".join(tasks.names())
-        raise InputError(f"source {name!r}, record {index}: task is {posed['task']!r}; give one of {known}")
-    return posed
+        posed["text"] = posed["caption"] = last_turn(messages) or str(record.get("solution", ""))
+    try:
+        own = tasks.of(posed, options)
+        question = tasks.get(tasks.CHAT).prompt(posed) if messages else own.prompt(posed)
+        target = own.target(posed)
+        if messages and messages[-1]["role"] == "assistant":
+            posed["messages"] = messages[:-1]
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: does not suit the task {named} ({type(error).__name__}: {error})") from None
+    return _Item(name or str(named), str(record.get("id", index)), index, where, posed, own, question, target)
+
+
+class _NoTexts(InputError):
+    """`generate` did not return a text a record: its own mistake, whatever the records are."""
+
+
+Answered = tuple[_Item, str, Mapping[str, float]]  # with its completion and the run's own rewards of it
+
+
+def _answered(generate: Generate, judge: Judge | None, items: list[_Item], bad: _Bad) -> list[Answered]:
+    """The items with their completions. Where a batch fails they are asked one by one, and the ones that fail left out."""
+
+    def ask(some: list[_Item]) -> list[Answered]:
+        records = [item.record for item in some]
+        texts = list(generate(records))
+        if len(texts) != len(some) or not all(isinstance(text, str) for text in texts):
+            kinds = sorted({type(text).__name__ for text in texts})
+            raise _NoTexts(f"generate returned {len(texts)} of {kinds} for {len(some)} records; need one text each")
+        rewards = judge(texts, records) if judge else [{} for _ in texts]
+        return list(zip(some, texts, rewards, strict=True))
+
+    try:
+        return ask(items) if items else []
+    except _NoTexts:
+        raise
+    except InputError:
+        answered = []
+        for item in items:
+            try:
+                answered += ask([item])
+            except InputError as error:
+                bad(InputError(f"{item.where}: {error}"))
+        return answered
 
 
 def _category_ids(source: Any) -> Mapping[str, int] | None:
@@ -199,12 +276,6 @@ def _category_ids(source: Any) -> Mapping[str, int] | None:
     while source is not None and not hasattr(source, "category_ids"):
         source = getattr(source, "source", None)
     return None if source is None else source.category_ids
-
-
-def _message_text(message: Mapping[str, Any]) -> str:
-    content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return "".join(part["text"] for part in parts if part.get("type") == "text")
 
 
 def _without_images(record: Record) -> Record:
@@ -218,59 +289,76 @@ def _is_path(image: Any) -> bool:
     return isinstance(image, str | Path)
 
 
-def _question(record: Record, options: Mapping[str, Any]) -> str:
-    if "messages" in record:
-        return _message_text(record["messages"][-1])
-    prompt = tasks.get(record["task"]).prompt
-    return prompt(record, **predictions.accepted(prompt, options))
-
-
-def _generated(generate: Generate, records: list[Record]) -> list[str]:
-    texts = list(generate(records)) if records else []
-    if len(texts) != len(records) or not all(isinstance(text, str) for text in texts):
-        kinds = sorted({type(text).__name__ for text in texts})
-        raise InputError(f"generate returned {len(texts)} of {kinds} for {len(records)} records; need one text each")
-    return texts
-
-
-def _line(
-    name: str, key: str, index: int, record: Record, text: str, options: Mapping[str, Any], by: str | None
-) -> dict[str, Any]:
-    module = tasks.get(record["task"])
-    group = record.get(by or ("label" if record["task"] == "counting" else ""))
+def _line(item: _Item, text: str, by: str | None) -> dict[str, Any]:
+    record, task = item.record, item.task
+    group = record.get(by) if by else None
     return {
-        "source": name,
+        "source": item.source,
         "task": record["task"],
-        "id": key,
-        "index": index,
-        "question": _question(record, options),
+        "id": item.id,
+        "index": item.index,
+        "question": item.question,
         "text": text,
-        "prediction": predictions.predicted(record["task"], text, record, options),
-        "target": predictions.target(record),
+        "prediction": task.predicted(text, record),
+        "target": item.target,
         "size": [float(side) for side in record["size"]] if "size" in record else None,
-        "figures": predictions.figures(module, text, record, options),
-        "group": None if group is None else str(group),
+        "figures": dict(task.row(text, record)),
+        "groups": list(task.groups(record)) if not by else [] if group is None else [str(group)],
+        "unit": task.unit(record),
     }
 
 
-def _check_unchanged(line: Mapping[str, Any], record: Record, options: Mapping[str, Any]) -> None:
-    """The answer was given for this record: same question, same truth."""
-    if line["question"] != _question(record, options) or line["target"] != predictions.target(record):
+def _check_unchanged(line: Mapping[str, Any], item: _Item) -> None:
+    """The answer was given for this record: same place, same question, same truth."""
+    if line["index"] != item.index:
+        first, second = sorted((line["index"], item.index))
         raise InputError(
-            f"source {line['source']!r}, id {line['id']!r}: the folder holds an answer to another record of that id; "
+            f"source {item.source!r}: records {first} and {second} both have the id {item.id!r}; ids must be "
+            "unique, and a record keeps its place"
+        )
+    if line["question"] != item.question or line["target"] != item.target:
+        raise InputError(
+            f"source {item.source!r}, id {item.id!r}: the folder holds an answer to another record of that id; "
             "the data changed, use another folder"
         )
 
 
-def _save_picture(out: Path, name: str, index: int, record: Record) -> str | None:
+def picture_path(source: str, index: int, kind: str) -> Path:
+    """Where the picture of a record lies in the folder; `kind`: png or jpg."""
+    return Path("pictures") / f"{folder_name(source)}_{index:06d}.{kind}"
+
+
+def _save_picture(out: Path, item: _Item) -> str | None:
     """Saves a small copy of the record's first image; its path in the folder, None without an image."""
-    images = record.get("images")
+    images = item.record.get("images")
     if images is None or not len(images):
         return None
-    image = load_image(images[0], f"record {record.get('id', index)}")
+    image = load_image(images[0], f"record {item.id}")
     image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
-    kind = "png" if max(image.size) <= PNG_SIDE else "jpg"
-    path = Path("pictures") / f"{folder_name(name)}_{index:06d}.{kind}"
+    path = picture_path(item.source, item.index, "png" if max(image.size) <= PNG_SIDE else "jpg")
     (out / path).parent.mkdir(parents=True, exist_ok=True)
     image.save(out / path, quality=88)
     return path.as_posix()
+
+
+class _Worst:
+    """Keeps the records that were answered worst, with their pictures, of each source."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.kept: dict[str, list[tuple[float, int, _Item]]] = {}
+
+    def __call__(self, item: _Item, line: Mapping[str, Any]) -> None:
+        signs = {figure: direction(item.task, figure) for figure in line["figures"]}
+        ranked = Measured(line["task"], 1, {}, item.task.primary, signs)
+        bad = badness(line, ranked)
+        if bad is not None and self.most:
+            kept = self.kept.setdefault(item.source, [])
+            heapq.heappush(kept, (bad, -item.index, item))  # of equals the first records stay
+            if len(kept) > self.most:
+                heapq.heappop(kept)
+
+    def save(self, out: Path) -> None:
+        for kept in self.kept.values():
+            for _, _, item in kept:
+                _save_picture(out, item)

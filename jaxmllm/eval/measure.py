@@ -1,8 +1,7 @@
 """Figures with intervals from the lines of an evaluation; the change between two evaluations of the same records."""
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +10,12 @@ from jaxtyping import Float
 
 from jaxmllm import tasks
 from jaxmllm.errors import InputError
-from jaxmllm.eval import coco
-from jaxmllm.eval.intervals import CONFIDENCE, RESAMPLES, Interval, Statistic, percentiles, ratio, value_and_samples
-from jaxmllm.eval.predictions import Record, accepted
+from jaxmllm.intervals import CONFIDENCE, RESAMPLES, Interval, Statistic, by_unit, percentiles, value_and_samples
 from jaxmllm.runfiles import read_json, read_lines, write_json
+from jaxmllm.tasks.task import Line, Named, Record, Task, rows_statistic
 
-Line = Mapping[str, Any]
-Named = tuple[list[str], Statistic]  # figures' names and the statistic that gives them
-
-# Figures that say most about a task, first first; they are also given by group.
-PRIMARY = {
-    "grounding": ("Acc@0.5", "IoU"),
-    "counting": ("accuracy", "mae"),
-    "detection": ("AP", "AP50"),
-    "ocr": ("edit_distance", "f1"),
-    "captioning": ("capture",),
-    "tracks": ("reward", "traj"),
-    "foresight": ("ao", "ade"),
-    "relations": ("joint_acc", "match_acc"),
-}
-LOWER_IS_BETTER = re.compile(r"mae|edit_distance|repeat_4|(.*_)?[af]de")
-NEUTRAL = re.compile(r"boxes|words|said_match|mrr_chance|(static|velocity)_.*")  # no aims, or not the model's
 MAX_GROUPS, MIN_GROUP = 100, 20  # figures by group need so few groups, and so many records a group on average
-
-
-def direction(name: str) -> int:
-    """1 where a larger figure is better, -1 where a smaller one is, 0 where neither. `name` may end in /<group>."""
-    name = name.partition("/")[0]
-    return 0 if NEUTRAL.fullmatch(name) else -1 if LOWER_IS_BETTER.fullmatch(name) else 1
+REWARDS = "reward"  # figures of a run's own rewards are called so, or begin so
 
 
 @dataclass(frozen=True)
@@ -48,11 +25,13 @@ class Measured:
     task: str
     n: int  # records
     figures: dict[str, Interval]
+    primary: tuple[str, ...] = ()  # names of the figures that say most
+    directions: Mapping[str, int] = field(default_factory=dict)  # 1: larger is better, -1: smaller; absent: neither
+    notes: tuple[str, ...] = ()  # what a person should know before believing the figures
 
-    def primary(self) -> list[str]:
-        """Names of the figures that say most, at most two."""
-        known = [name for name in PRIMARY.get(self.task, ()) if name in self.figures]
-        return known or list(self.figures)[:1]
+    def direction(self, figure: str) -> int:
+        """1 where a larger figure is better, -1 where a smaller one is, 0 where neither. `figure` may end in /<group>."""
+        return self.directions.get(figure.partition("/")[0], 0)
 
 
 @dataclass(frozen=True)
@@ -76,24 +55,38 @@ class Resampling:
     confidence: float = CONFIDENCE
 
 
-def lines_statistic(lines: Sequence[Line]) -> tuple[list[str], Statistic]:
-    """Names and statistic of the figures in the lines, those of each group included."""
-    rows = [{name: _pair(value) for name, value in line["figures"].items()} for line in lines]
-    groups = list(dict.fromkeys(line["group"] for line in lines if line["group"] is not None))
+def direction(task: Task, figure: str) -> int:
+    """1 where a larger figure is better, -1 where a smaller one is, 0 where neither: the task's, or a reward's."""
+    own = figure.partition("/")[0] == REWARDS or figure.startswith(f"{REWARDS}_")
+    return 1 if own else task.direction(figure)
+
+
+def lines_statistic(lines: Sequence[Line], primary: Sequence[str]) -> Named:
+    """Names and statistic of the figures in the lines, and of the primary ones by group."""
+    rows: list[dict[str, Any]] = [dict(line["figures"]) for line in lines]
+    groups = list(dict.fromkeys(group for line in lines for group in line["groups"]))
     if 1 < len(groups) <= min(MAX_GROUPS, len(lines) // MIN_GROUP):
         for row, line in zip(rows, lines, strict=True):
-            if line["group"] is not None:
-                names = PRIMARY.get(line["task"]) or list(row)[:1]
-                row |= {f"{name}/{line['group']}": row[name] for name in names if name in row}
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    plain = [name for name in names if "/" not in name]
-    names = plain + sorted(name for name in names if "/" in name)
-    table = np.array([[row.get(name, (0.0, 0.0)) for name in names] for row in rows]).reshape(len(rows), len(names), 2)
-    return names, ratio(table[..., 0], table[..., 1])
+            names = [name for name in primary if name in row]
+            row |= {f"{name}/{group}": row[name] for name in names for group in line["groups"]}
+    names, statistic = rows_statistic(rows)
+    order = sorted(range(len(names)), key=lambda k: ("/" in names[k], names[k] if "/" in names[k] else ""))
+    return [names[k] for k in order], lambda counts: statistic(counts)[:, order]
 
 
-def _pair(value: Any) -> tuple[float, float]:
-    return (float(value[0]), float(value[1])) if isinstance(value, Sequence) else (float(value), 1.0)
+def statistics(task: Task, lines: Sequence[Line], files: Mapping[str, Any], primary: Sequence[str]) -> Named:
+    """Names and statistic of all figures of one source, those of the whole set first."""
+    parts = [lines_statistic(lines, primary)]
+    whole = task.whole(lines, files)
+    if whole is not None:
+        parts.insert(0, whole)
+    names = [name for some, _ in parts for name in some]
+    return names, lambda counts: np.concatenate([statistic(counts) for _, statistic in parts], axis=1)
+
+
+def units(lines: Sequence[Line]) -> list[Any]:
+    """What is resampled together: a line's unit, or itself."""
+    return [line["unit"] if line["unit"] is not None else (line["id"],) for line in lines]
 
 
 def measure(
@@ -103,37 +96,37 @@ def measure(
     folder: Path,
     how: Resampling,
     category_ids: Mapping[str, int] | None = None,
+    notes: Sequence[str] = (),
 ) -> Measured:
-    """Figures of one source's records; for detection writes the COCO files into `folder` and adds AP.
+    """Figures of one source's records; the task's files for other tools are written into `folder`.
 
-    `category_ids`: the ids by which the COCO files name categories, see `coco.category_ids`.
-    A figure that is no mean or ratio over the records (it differs from what its lines give) has no interval.
+    `category_ids`: the ids by which COCO files name categories, see `coco_ap.category_ids`.
     """
-    task = lines[0]["task"]
-    module = tasks.get(task)
-    exact = module.metric([line["text"] for line in lines], records, **accepted(module.metric, options))
-    names, statistic = lines_statistic(lines)
-    found = dict(zip(names, _intervals(statistic, len(lines), how), strict=True))
-    figures = {name: _checked(found.get(name), value) for name, value in exact.items() if np.isfinite(value)}
-    if task == "detection":
-        ids = coco.category_ids(records, category_ids)
-        truth = coco.ground_truth(records, ids)
-        results = coco.results(records, [line["prediction"] for line in lines], ids)
+    name = lines[0]["task"]
+    task = tasks.of({"task": name}, options)
+    files = task.files(records, lines, category_ids)
+    for file, content in files.items():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "ground_truth.json", truth)
-        write_json(folder / "coco_results.json", results)
-        names, statistic = coco.ap_statistic(truth, results)
-        figures = dict(zip(names, _intervals(statistic, len(lines), how), strict=True)) | figures
-    return Measured(task, len(lines), figures | {name: found[name] for name in found if name not in figures})
+        write_json(folder / file, content)
+    rewards = [figure for figure in lines[0]["figures"] if direction(task, figure) and not task.direction(figure)]
+    primary = tuple(dict.fromkeys((*rewards, *task.primary)))
+    names, statistic = statistics(task, lines, files, primary)
+    found = dict(zip(names, _intervals(statistic, units(lines), how), strict=True))
+    figures = {figure: found[figure] for figure in names if np.isfinite(found[figure].value)}
+    signs = {figure: direction(task, figure) for figure in figures}
+    return Measured(
+        name,
+        len(lines),
+        figures,
+        tuple(figure for figure in primary if figure in figures) or tuple(figures)[:1],
+        {figure: sign for figure, sign in signs.items() if sign},
+        tuple(notes),
+    )
 
 
-def _checked(found: Interval | None, exact: float) -> Interval:
-    same = found is not None and np.isclose(found.value, exact, rtol=1e-9, atol=1e-12)
-    return found if found is not None and same else Interval(float(exact))
-
-
-def _intervals(statistic: Statistic, n: int, how: Resampling) -> list[Interval]:
-    return percentiles(*value_and_samples(statistic, n, how.n_resamples, how.seed), how.confidence)
+def _intervals(statistic: Statistic, units: Sequence[Any], how: Resampling) -> list[Interval]:
+    drawn, n = by_unit(statistic, units)
+    return percentiles(*value_and_samples(drawn, n, how.n_resamples, how.seed), how.confidence)
 
 
 # --- metrics.json ---------------------------------------------------------------------------------------------------
@@ -141,10 +134,7 @@ def _intervals(statistic: Statistic, n: int, how: Resampling) -> list[Interval]:
 
 def save(folder: Path, evaluation: Evaluation, how: Resampling) -> None:
     """Writes metrics.json."""
-    sources = {
-        name: {"task": m.task, "n": m.n, "figures": {k: asdict(v) for k, v in m.figures.items()}}
-        for name, m in evaluation.sources.items()
-    }
+    sources = {name: asdict(measured) for name, measured in evaluation.sources.items()}
     write_json(folder / "metrics.json", {"bootstrap": asdict(how), "sources": sources})
 
 
@@ -154,7 +144,14 @@ def load(folder: str | Path) -> Evaluation:
     content = read_json(path)
     try:
         sources = {
-            name: Measured(m["task"], m["n"], {k: Interval(**v) for k, v in m["figures"].items()})
+            name: Measured(
+                m["task"],
+                m["n"],
+                {k: Interval(**v) for k, v in m["figures"].items()},
+                tuple(m["primary"]),
+                m["directions"],
+                tuple(m["notes"]),
+            )
             for name, m in content["sources"].items()
         }
         return Evaluation(sources, content["bootstrap"]["confidence"])
@@ -173,11 +170,12 @@ class Change:
     before: Interval
     after: Interval
     difference: Interval | None
+    direction: int  # 1: larger is better, -1: smaller, 0: neither
 
     @property
     def verdict(self) -> str:
         """`better` or `worse` where the interval of the difference leaves out 0, else `unclear`; "" if neutral."""
-        sign, d = direction(self.name), self.difference
+        sign, d = self.direction, self.difference
         if not sign:
             return ""
         if d is None or d.low is None or d.high is None or d.low <= 0 <= d.high:
@@ -193,49 +191,58 @@ def compare(before: str | Path, after: str | Path, how: Resampling | None = None
     """
     how = how or Resampling()
     old, new = load(before), load(after)
-    old_lines, new_lines = _by_source(before), _by_source(after)
+    sides = [(folder, _by_source(folder)) for folder in (Path(before), Path(after))]
     changes = {}
     for source, measured in new.sources.items():
         if source not in old.sources:
             continue
         was = old.sources[source]
-        paired = _paired_lines(old_lines.get(source, {}), new_lines.get(source, {}), how)
-        paired |= _paired_ap(Path(before), Path(after), source, how)
+        paired = _paired(source, measured, sides, how)
         changes[source] = [
-            Change(name, was.figures[name], figure, paired.get(name) if figure.low is not None else None)
+            Change(
+                name,
+                was.figures[name],
+                figure,
+                paired.get(name) if figure.low is not None else None,
+                measured.direction(name),
+            )
             for name, figure in measured.figures.items()
             if name in was.figures
         ]
     return changes
 
 
-def _by_source(folder: str | Path) -> dict[str, dict[str, Line]]:
+def _by_source(folder: Path) -> dict[str, dict[str, Line]]:
     out: dict[str, dict[str, Line]] = {}
-    for line in read_lines(Path(folder) / "predictions.jsonl"):
+    for line in read_lines(folder / "predictions.jsonl"):
         out.setdefault(line["source"], {})[line["id"]] = line
     return out
 
 
-def _paired_lines(old: Mapping[str, Line], new: Mapping[str, Line], how: Resampling) -> dict[str, Interval]:
-    common = [name for name in old if name in new]
+Sides = Sequence[tuple[Path, Mapping[str, Mapping[str, Line]]]]  # folder and lines by source and id, before and after
+
+
+def _paired(source: str, measured: Measured, sides: Sides, how: Resampling) -> dict[str, Interval]:
+    """The differences of the figures on the records that both asked, by figure."""
+    old, new = (lines.get(source, {}) for _, lines in sides)
+    common = [name for name in old if name in new and old[name]["target"] == new[name]["target"]]
     if not common:
         return {}
-    was, now = (lines_statistic([side[name] for name in common]) for side in (old, new))
-    return _paired(was, now, len(common), how)
+    rows = [[lines[name] for name in common] for lines in (old, new)]
+    named = [lines_statistic(side, measured.primary) for side in rows]
+    if len(common) == len(old) == len(new):
+        task, folders = tasks.of({"task": measured.task}), [folder / folder_name(source) for folder, _ in sides]
+        files = [
+            {path.name: read_json(path) for path in sorted(folder.glob("*.json"))} if folder.is_dir() else {}
+            for folder in folders
+        ]
+        if files[0].keys() == files[1].keys():
+            named = [statistics(task, side, own, measured.primary) for side, own in zip(rows, files, strict=True)]
+    before, after = named
+    return _differences(before, after, units(rows[0]), how)
 
 
-def _paired_ap(before: Path, after: Path, source: str, how: Resampling) -> dict[str, Interval]:
-    folders = [folder / folder_name(source) for folder in (before, after)]
-    if not all((folder / "coco_results.json").exists() for folder in folders):
-        return {}
-    truths = [read_json(folder / "ground_truth.json") for folder in folders]
-    if truths[0] != truths[1]:
-        return {}
-    was, now = (coco.ap_statistic(truths[0], read_json(folder / "coco_results.json")) for folder in folders)
-    return _paired(was, now, len(truths[0]["images"]), how)
-
-
-def _paired(old: Named, new: Named, n: int, how: Resampling) -> dict[str, Interval]:
+def _differences(old: Named, new: Named, units: Sequence[Any], how: Resampling) -> dict[str, Interval]:
     names = [name for name in old[0] if name in new[0]]
 
     def columns(side: Named, values: Float[np.ndarray, "R K"]) -> Float[np.ndarray, "R M"]:
@@ -244,7 +251,24 @@ def _paired(old: Named, new: Named, n: int, how: Resampling) -> dict[str, Interv
     def difference(counts: np.ndarray) -> np.ndarray:
         return columns(new, new[1](counts)) - columns(old, old[1](counts))
 
-    return dict(zip(names, _intervals(difference, n, how), strict=True))
+    found = dict(zip(names, _intervals(difference, units, how), strict=True))
+    return {name: interval for name, interval in found.items() if np.isfinite(interval.value)}
+
+
+def line_value(line: Line, figure: str) -> float | None:
+    """A figure of one record; None where the record has none."""
+    value = line["figures"].get(figure)
+    if isinstance(value, Sequence):
+        return value[0] / value[1] if value[1] else None
+    return None if value is None else float(value)
+
+
+def badness(line: Line, measured: Measured) -> float | None:
+    """How wrong an answer is, by the first figure that says most and that single records have; None where none has."""
+    names = (*measured.primary, *(name for name in measured.directions if name not in measured.primary))
+    figure = next((name for name in names if name in line["figures"] and measured.direction(name)), None)
+    value = None if figure is None else line_value(line, figure)
+    return None if figure is None or value is None else -measured.direction(figure) * value
 
 
 def folder_name(source: str) -> str:

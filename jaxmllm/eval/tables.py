@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jaxmllm.eval.intervals import Interval
 from jaxmllm.eval.measure import Change, Evaluation
+from jaxmllm.intervals import Interval
 
 VERDICTS = {"better": "▲ better", "worse": "▼ worse", "unclear": "≈ unclear", "": ""}
 _COLOURS = {"better": "green", "worse": "red"}

@@ -193,6 +193,8 @@ class DPOWork(given.AnswerWork):
 class DPO(Method, PreferenceLoss):
     """Preference optimisation; names are TRL's. The reference is the model that the run starts from."""
 
+    figures = {**given.HELD_OUT, "rewards/accuracies": "higher", "rewards/margins": "higher"}
+
     @property
     def loss(self) -> PreferenceLoss:
         return PreferenceLoss(self.loss_type, self.beta, self.label_smoothing)

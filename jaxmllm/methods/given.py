@@ -17,6 +17,7 @@ from jaxmllm.methods.method import Clock, Context, Facts, Layout, Own, Params, R
 from jaxmllm.methods.shapes import Sizes, Traced
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout.scorer import score, score_jit
+from jaxmllm.tasks.task import Direction
 from jaxmllm.types import Completions, Prompts, TrainState
 
 
@@ -39,6 +40,9 @@ def answer_batches(
         weigh=weigh,
         **{**context.reading, **options},
     )
+
+
+HELD_OUT: Mapping[str, Direction] = {"loss": "lower", "perplexity": "lower"}  # figures of `AnswerWork.validate`
 
 
 class AnswerWork(Work):

@@ -25,6 +25,7 @@ from jaxmllm.methods.shapes import Program, Sizes
 from jaxmllm.methods.update import Update
 from jaxmllm.rollout.asker import ask
 from jaxmllm.runfiles import plain, read_json, write_json
+from jaxmllm.tasks.task import Direction
 from jaxmllm.types import TrainState
 
 Own = dict[str, Any]  # what a step carries besides the train state: arrays and JSON values, saved and resumed with it
@@ -67,7 +68,7 @@ class Context(Layout):
     mixture: RecordSource  # all of them, mixed by their weights
     asking: Asking  # how records become questions in training
     evaluating: Asking  # and in evaluation
-    style: Mapping[str, Any]  # options of the tasks' rewards: style, thinking
+    task_options: Mapping[str, Any]  # of the tasks in training: style, thinking, ..
     reading: Mapping[str, Any]  # limits and threads of the readers, see `data.pipeline`
     seed: int
     max_steps: int  # the last update
@@ -134,6 +135,10 @@ class Work:
         """Figures of held-out records besides those of their greedy answers, "<source>/<figure>". None by default."""
         return {}
 
+    def judge(self, texts: Sequence[str], records: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+        """A run's own figures of greedy answers, called `reward` or `reward_..`. None by default."""
+        return [{} for _ in texts]
+
     def close(self) -> None:
         """Ends what `open` began."""
         self.batches.close()
@@ -164,6 +169,7 @@ class Method:
     name: str = dataclasses.field(init=False, default="")  # as the registry knows the class; written into config.json
     rules: ClassVar[Rules] = ()  # where the parameters lie that the method adds
     keys: ClassVar[tuple[str, ...]] = ()  # top-level names of those parameters
+    figures: ClassVar[Mapping[str, Direction]] = {}  # what `Work.validate` measures, and what of it is better
     uses_last_step: ClassVar[bool] = False  # whether its numbers depend on max_steps
     free: ClassVar[tuple[str, ...]] = ()  # options that do not enter the numbers: they may change when a run goes on
 

@@ -128,6 +128,8 @@ class SFTWork(given.AnswerWork):
 class SFT(Method):
     """Cross-entropy of gold answers."""
 
+    figures = given.HELD_OUT
+
     questions_per_image: int = 1  # that share one image and its prefix
     first_corner_weight: float = 1.0  # weight of the first two numbers of each box in the loss
     label_weight: float = 1.0  # weight of the words of each label in the loss

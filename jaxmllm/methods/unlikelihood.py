@@ -342,6 +342,8 @@ class UnlikelihoodWork(given.AnswerWork):
 class Unlikelihood(Method, UnlikelihoodLoss):
     """Reflective unlikelihood of dialogues (RePer)."""
 
+    figures = given.HELD_OUT
+
     penalise_end: bool = False  # push down the end-of-turn token of bad answers too, as published: they then run on
 
     @property

@@ -49,6 +49,8 @@ def _body(run: Path, title: str, config: Mapping[str, Any]) -> Html:
         changes = measure.compare(run / "eval" / "before", run / "eval" / "after")
     lines = [(side, run / "eval" / side, read_lines(run / "eval" / side / "predictions.jsonl")) for side in SIDES]
     lines = [side for side in lines if side[2]]
+    last = after or before
+    measured = last.sources if last else {}
     return join(
         tag("h1", title),
         _facts(run, config, info),
@@ -69,8 +71,14 @@ def _body(run: Path, title: str, config: Mapping[str, Any]) -> Html:
         _part(
             "Pictures",
             "The first held-out records, not chosen by result.",
-            join(_key(), pictures.section(lines)) if lines else None,
+            join(_key(), pictures.section(lines, measured)) if lines else None,
             "No predictions in eval/before or eval/after.",
+        ),
+        _part(
+            "Worst records",
+            "The held-out records that were answered worst, by the first main figure.",
+            pictures.worst(lines, measured) if lines else None,
+            "None: every record was answered equally well, or there are no predictions.",
         ),
         _part(
             "Sampled completions",

@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from jaxmllm.eval.measure import PRIMARY, direction
+from jaxmllm.eval.harness import picture_path
+from jaxmllm.eval.measure import Measured, badness, line_value
 from jaxmllm.report.markup import Html, clip, escape, join, short, tag
 
 Line = Mapping[str, Any]
@@ -23,31 +24,62 @@ MAX_WORDS = 400  # of a text that is compared word by word
 _MIME = {".png": "image/png", ".jpg": "image/jpeg"}
 
 
-def section(sides: Sequence[tuple[str, Path, Sequence[Line]]]) -> Html | None:
+def section(sides: Sequence[tuple[str, Path, Sequence[Line]]], measured: Mapping[str, Measured]) -> Html | None:
     """Cards of the first records of each source; `sides`: name, evaluation folder and lines, before first."""
-    keyed = [(name, folder, {(line["source"], line["id"]): line for line in lines}) for name, folder, lines in sides]
+    keyed = _keyed(sides)
     order = list(dict.fromkeys(key for _, _, table in keyed for key in table))
-    out = []
-    number = itertools.count()
+    chosen = {}
     for source in dict.fromkeys(source for source, _ in order):
         keys = [key for key in order if key[0] == source]
-        pictured = [key for key in keys if any(_picture(folder, table.get(key)) for _, folder, table in keyed)]
-        chosen = (pictured or keys)[:SHOWN]
-        cards = [_card([(n, folder, table.get(key)) for n, folder, table in keyed], next(number)) for key in chosen]
+        pictured = [key for key in keys if any(table.get(key, {}).get("picture") for _, _, table in keyed)]
+        chosen[source] = (pictured or keys)[:SHOWN]
+    return _cards(keyed, chosen, measured)
+
+
+def worst(sides: Sequence[tuple[str, Path, Sequence[Line]]], measured: Mapping[str, Measured]) -> Html | None:
+    """Cards of the records of each source that the last evaluation answered worst. None where all were right."""
+    keyed = _keyed(sides)
+    chosen = {}
+    for source, figures in measured.items():
+        lines = [line for line in sides[-1][2] if line["source"] == source]
+        wrong = [(bad, line) for line in lines if (bad := badness(line, figures)) is not None]
+        least = min((bad for bad, _ in wrong), default=0.0)
+        ranked = sorted((item for item in wrong if item[0] > least), key=lambda item: (-item[0], item[1]["index"]))
+        if ranked:
+            chosen[source] = [(source, line["id"]) for _, line in ranked[:SHOWN]]
+    return _cards(keyed, chosen, measured, number=1000)
+
+
+Keyed = list[tuple[str, Path, dict[tuple[str, str], Line]]]
+
+
+def _keyed(sides: Sequence[tuple[str, Path, Sequence[Line]]]) -> Keyed:
+    return [(name, folder, {(line["source"], line["id"]): line for line in lines}) for name, folder, lines in sides]
+
+
+def _cards(
+    keyed: Keyed, chosen: Mapping[str, Sequence[tuple[str, str]]], measured: Mapping[str, Measured], number: int = 0
+) -> Html | None:
+    out = []
+    numbers = itertools.count(number)
+    for source, keys in chosen.items():
+        known = measured.get(source)
+        cards = [
+            _card([(n, folder, table.get(key)) for n, folder, table in keyed], next(numbers), known) for key in keys
+        ]
         out += [tag("h3", source), tag("div", *cards, class_="cards")]
     return join(*out) if out else None
 
 
 def _picture(folder: Path, line: Line | None) -> Path | None:
-    """The saved picture of a line, only if it lies in the folder's own `pictures`."""
-    name = line.get("picture") if line else None
-    if not isinstance(name, str):
+    """The saved picture of a line, if there is one."""
+    if line is None:
         return None
-    path = folder / "pictures" / Path(name).name
-    return path if path.suffix in _MIME and path.is_file() else None
+    paths = (folder / picture_path(line["source"], line["index"], kind) for kind in ("png", "jpg"))
+    return next((path for path in paths if path.is_file()), None)
 
 
-def _card(sides: Sequence[Side], number: int) -> Html:
+def _card(sides: Sequence[Side], number: int, known: Measured | None) -> Html:
     lines = [line for _, _, line in sides if line is not None]
     path = next((p for _, folder, line in sides if (p := _picture(folder, line))), None)
     truth = lines[0]["target"]
@@ -56,9 +88,9 @@ def _card(sides: Sequence[Side], number: int) -> Html:
     head = tag("p", question, class_="question")
     if drawn and path:
         base = _Picture(path, lines[0]["size"], f"picture{number}")
-        panels = [_panel(name, line, base.overlay(name, line, truth), truth) for name, _, line in sides]
+        panels = [_panel(name, line, base.overlay(name, line, truth), truth, known) for name, _, line in sides]
         return tag("article", head, tag("div", *panels, class_="pair"))
-    texts = [_panel(name, line, None, truth) for name, _, line in sides]
+    texts = [_panel(name, line, None, truth, known) for name, _, line in sides]
     image = tag("div", _image(path) if path else None, class_="plain")
     true_text = tag("div", tag("h4", "Truth"), _said(str(truth.get("text", "")), MAX_PAGE), class_="panel")
     return tag(
@@ -69,24 +101,27 @@ def _card(sides: Sequence[Side], number: int) -> Html:
     )
 
 
-def _panel(name: str, line: Line | None, picture: Html | None, truth: Mapping[str, Any]) -> Html:
+def _panel(
+    name: str, line: Line | None, picture: Html | None, truth: Mapping[str, Any], known: Measured | None
+) -> Html:
     if line is None:
         return tag("div", tag("h4", name.capitalize()), picture, tag("p", "not asked", class_="said"), class_="panel")
     said = _compared(str(line["text"]), str(truth["text"])) if "text" in truth else _said(str(line["text"]))
-    return tag("div", tag("h4", name.capitalize(), *_figures(line)), picture, said, class_=f"panel {name}")
+    return tag("div", tag("h4", name.capitalize(), *_figures(line, known)), picture, said, class_=f"panel {name}")
 
 
-def _figures(line: Line) -> list[Html]:
+def _figures(line: Line, known: Measured | None) -> list[Html]:
     """The record's main figures, coloured by how good they are where they lie in 0..1."""
-    names = [n for n in (*PRIMARY.get(line["task"], ()), "IoU", "f1") if n in line["figures"]]
+    names = [name for name in (*(known.primary if known else ()), "IoU", "f1") if name in line["figures"]]
     names = ["IoU"] if "IoU" in names else names[:1]
     out = []
     for name in names:
-        value = line["figures"][name]
-        value = (value[0] / value[1] if value[1] else 1.0) if isinstance(value, Sequence) else float(value)
-        good = value if direction(name) > 0 else 1 - value
-        kind = "good" if good >= 0.5 else "bad"
-        out.append(tag("span", f"{name} {short(round(value, 2))}", class_=f"pill {kind}"))
+        value = line_value(line, name)
+        if value is not None:
+            good = value if known is None or known.direction(name) >= 0 else 1 - value
+            out.append(
+                tag("span", f"{name} {short(round(value, 2))}", class_=f"pill {'good' if good >= 0.5 else 'bad'}")
+            )
     counts = [side.get("count") for side in (line["prediction"], line["target"])]
     if None not in counts:
         kind = "good" if counts[0] == counts[1] else "bad"

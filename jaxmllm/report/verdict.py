@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxmllm.eval.intervals import Interval
 from jaxmllm.eval.measure import Change, Evaluation
 from jaxmllm.eval.tables import VERDICTS, signed
+from jaxmllm.intervals import Interval
 from jaxmllm.report.curves import Series
 from jaxmllm.report.markup import Html, join, short, tag
 
@@ -46,11 +46,17 @@ def section(
 ) -> Html:
     """The sentence, one tile for each main figure and the reward, and warnings."""
     main = {
-        source: [change for change in rows if change.name in after.sources[source].primary()]
+        source: [change for change in rows if change.name in after.sources[source].primary]
         for source, rows in changes.items()
         if after is not None
     }
+    known = after or before
+    warnings = checks(metrics) + [
+        f"{s}: {note}." for s, m in (known.sources if known else {}).items() for note in m.notes
+    ]
     kind, sentence, note = _sentence([change for rows in main.values() for change in rows], before, after)
+    if warnings and kind == "good":
+        kind, sentence = "warn", f"{sentence} Before you believe it, look at what stands below."
     tiles = [_tile(f"{source} · {change.name}", change) for source, rows in main.items() for change in rows]
     if not changes:
         for when, evaluation in (("before", before), ("after", after)):
@@ -60,7 +66,6 @@ def section(
         numbers = tag("div", short(first), tag("i", " → "), short(last), class_="numbers")
         what = tag("div", f"first and last tenth of {len(metrics['reward'].y):,} logged steps", class_="change")
         tiles.append(tag("div", tag("div", "sampled reward", class_="name"), numbers, what, class_="tile"))
-    warnings = checks(metrics)
     return join(
         tag("div", sentence, tag("small", note), class_=f"verdict {kind}"),
         tag("div", *tiles, class_="tiles"),
@@ -114,7 +119,7 @@ def _single_tiles(when: str, evaluation: Evaluation | None) -> list[Html]:
             class_="tile",
         )
         for source, m in (evaluation.sources.items() if evaluation else ())
-        for name in m.primary()
+        for name in m.primary
     ]
 
 
@@ -149,7 +154,7 @@ def evaluation_table(
         rows = {change.name: change for change in changes.get(source, ())}
         top = [n for n in measured.figures if "/" not in n]
         groups = [n for n in measured.figures if "/" in n]
-        main = measured.primary()
+        main = measured.primary
 
         def table(names: Sequence[str], measured=measured, rows=rows, main=main) -> Html:
             body = [_row(name, rows.get(name), measured.figures[name], name in main, known is after) for name in names]

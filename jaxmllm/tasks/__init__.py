@@ -1,58 +1,127 @@
-"""Tasks: what is asked, how the answer is written, read, rewarded and measured. One module per task, host side only.
+"""Tasks: what is asked, how the answer is written, read, rewarded and measured. One file a task, host side only.
 
-A module offers these names where they apply. Keyword options have defaults, so `f(text)` or `f(text, record)` works.
+`Task` (task.py) is the protocol; `TASKS` names the ones of this library, and `module:name` one of another package. Beside its
+task a file holds the plain functions that the task is made of, and `PARSERS`: every function that reads model text, as
+functions of the text alone. The fuzz test runs them all.
 
-- `prompt(record, **style) -> str`: the user's text; the image comes before it.
-- `answer(record, **style) -> str`: the gold completion, for supervised training, without the end-of-turn token.
-- `parse(text, **style)`: reads a completion. Never raises, never evaluates, takes linear time.
-- `reward(text, record, **options) -> float | dict | None`: a dict holds the total under "reward", its other values are
-  named parts; None means "does not apply to this record".
-- `metric(texts, records, **style) -> dict[str, float]`: figures over a set of completions; shares are in 0..1.
-- `PARSERS: dict[str, Callable[[str], Any]]`: every function here that reads model text, as functions of the text alone
-  (`parse` in each style included). The fuzz test runs them all.
-
-A record is a plain dict. Its coordinates are original pixels; the functions convert them to the frame of the answer.
+A record is a plain dict. Its coordinates are original pixels; tasks convert them to the frame of the answer.
 
 | field                            | meaning                                                                  |
 |----------------------------------|--------------------------------------------------------------------------|
-| `id`, `task`, `images`           | identity; a name in `names()`; PIL images, paths or arrays               |
+| `id`, `task`, `images`           | identity; a name of `TASKS` or `module:name`; PIL images, paths, arrays  |
 | `size`                           | [W, H], pixels of the original image                                     |
 | `resized`                        | [w, h], pixels of the image the model sees; equal to `size` when absent  |
+| `messages`                       | a conversation; its last turn is the gold answer of the task `chat`      |
 | grounding                        | `expression`, `box` [x1, y1, x2, y2]                                     |
 | counting                         | `label`, `count`, `points` [[x, y], ..], optional `boxes`                |
 | detection                        | `categories` (names asked for), `boxes`, `labels` (names)                |
 | ocr                              | `text`, optional `lines` [{"text", "quad"}]                              |
 | captioning                       | `caption`, `objects`                                                     |
-| tracks, foresight, relations     | see the modules                                                          |
-
-Options that mean the same everywhere:
-
-- `style`: how boxes are written, a name in `answers.STYLES`: `"qwen2_vl"` (special tokens, 0..1000 grid) or
-  `"qwen2_5_vl"` (JSON, pixels of the resized image).
-- `thinking`: the answer is `<think>..</think><answer>..</answer>` instead of the bare answer.
-- `rules`: `"released"` repeats the published code with its bugs, to reproduce its numbers; `"corrected"` is what to
-  train with. Each module's docstring lists the differences.
-- `matching`: `"hungarian"` pairs predictions and targets optimally; `"order"` pairs them as listed (the ablation
-  without reward matching).
+| tracks, foresight, relations     | see the files                                                            |
 """
 
-from importlib import import_module
+import functools
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping
 from types import ModuleType
+from typing import Any
 
-_NAMES = ("grounding", "counting", "detection", "ocr", "captioning", "tracks", "foresight", "relations")
+from jaxmllm.errors import InputError
+from jaxmllm.tasks.task import DIRECTIONS, Task
+
+CHAT = "chat"  # of a record that is a conversation and names no task
+TASKS = {
+    "grounding": "Grounding",
+    "counting": "Counting",
+    "detection": "Detection",
+    "ocr": "OCR",
+    "captioning": "Captioning",
+    "tracks": "Tracks",
+    "foresight": "Foresight",
+    "relations": "Relations",
+    CHAT: "Chat",
+}
 
 
 def names() -> tuple[str, ...]:
-    """Names of all tasks, the legal values of a record's `task`."""
-    return _NAMES
+    """Names of the tasks of this library."""
+    return tuple(TASKS)
 
 
-def get(name: str) -> ModuleType:
-    """The module of a task.
+def module(name: str) -> ModuleType:
+    """The file of a task of this library. KeyError for another name."""
+    if name not in TASKS:
+        raise KeyError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+    return importlib.import_module(f"{__name__}.{name}")
 
-    Raises:
-        KeyError: there is no such task; the message lists the known ones.
+
+@functools.cache
+def get(name: str) -> Task:
+    """A task by its name, with default options: one of `TASKS`, or `module:name`, an object or a class of `Task`.
+
+    InputError for an unknown name, a module that does not import, or a task without the directions of its primary figures.
     """
-    if name not in _NAMES:
-        raise KeyError(f"unknown task {name!r}; known: {', '.join(_NAMES)}")
-    return import_module(f"{__name__}.{name}")
+    if name in TASKS:
+        found = getattr(module(name), TASKS[name])()
+    else:
+        where, _, attribute = name.partition(":")
+        if not attribute:
+            raise InputError(
+                f"task {name!r} is unknown; use one of {', '.join(TASKS)}, or module:name for one of your own"
+            )
+        try:
+            found = getattr(importlib.import_module(where), attribute)
+            found = found() if inspect.isclass(found) else found
+        except Exception as error:  # a module of somebody else may raise anything
+            raise InputError(f"task {name!r} does not import ({type(error).__name__}: {error})") from error
+        if not isinstance(found, Task):
+            raise InputError(f"task {name!r} is a {type(found).__name__}; give a subclass of jaxmllm.tasks.task.Task")
+    for figure in dict.fromkeys((*found.primary, *found.figures)):
+        if (way := found.way(figure)) not in DIRECTIONS:
+            raise InputError(f"task {name!r}: figures[{figure!r}] is {way!r}; say one of {', '.join(DIRECTIONS)}")
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _configured(name: str, options: tuple[tuple[str, Any], ...]) -> Task:
+    own = {key.removeprefix(f"{name}."): value for key, value in options}
+    return get(name).with_options(own)
+
+
+def of(record: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Task:
+    """The task of a record, with those of the options that it has; `name.option` is for the task of that name alone.
+
+    InputError for a record without a task, and for a task or a value that is unknown.
+    """
+    name = record.get("task") or (CHAT if "messages" in record else None)
+    if not isinstance(name, str):
+        raise InputError(f"task: {name!r} is unknown; use one of {', '.join(TASKS)}, or give messages")
+    return _configured(name, tuple(sorted((options or {}).items())))
+
+
+def check_options(options: Mapping[str, Any], among: Iterable[str] = ()) -> None:
+    """Raises InputError for an option that no task has (none of `among`, where these are given), and for a wrong value."""
+    chosen = tuple(dict.fromkeys(among)) or names()
+    for key, value in options.items():
+        name, _, rest = key.rpartition(".") if ":" in key else key.partition(".")
+        named = bool(rest) and (name in TASKS or ":" in name)
+        takers = [get(name)] if named else [get(task) for task in chosen]
+        option = rest if named else key
+        if not any(option.partition(".")[0] in task.options() for task in takers):
+            known = ", ".join(sorted({own for task in takers for own in task.options()}))
+            raise InputError(f"option {key!r} is known to none of {', '.join(chosen)}; known are {known}")
+        for task in takers:
+            task.with_options({option: value})
+
+
+def parsed_options(pairs: Iterable[str]) -> dict[str, str]:
+    """`name=value` texts as options. InputError for one without a name or a value, or of an option that no task has."""
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise InputError(f"task option {pair!r}: write name=value")
+        options[name] = value
+    check_options(options)
+    return options

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int
@@ -38,17 +38,22 @@ class Style:
     """How a backbone writes boxes."""
 
     frame: str  # coordinate frame of the numbers, see geometry.FRAMES
-    keep_special_tokens: bool  # whether completions must be decoded with special tokens kept
+    json: bool  # a JSON list; otherwise box tokens, so that completions must be decoded with special tokens kept
+    words: str  # what a person calls it
 
 
 STYLES = {
     # <|object_ref_start|>label<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>
-    "qwen2_vl": Style("norm1000", True),
+    "qwen2_vl": Style("norm1000", False, "box tokens in 0-1000 of the image"),
     # ```json\n[{"bbox_2d": [x1, y1, x2, y2], "label": "label"}]\n```
-    "qwen2_5_vl": Style("resized", False),
+    "qwen2_5_vl": Style("resized", True, "JSON in pixels of the resized image"),
+    "qwen3_vl": Style("norm1000", True, "JSON in 0-1000 of the image"),
 }
 RULES = ("released", "corrected")
 MATCHING = ("hungarian", "order")
+StyleName = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+Rules = Literal["released", "corrected"]
+Matching = Literal["hungarian", "order"]
 
 
 def choose(value: str, known: Iterable[str], option: str) -> str:
@@ -279,7 +284,7 @@ def labelled_boxes(body: str, style: str) -> list[Labelled | None] | None:
 
     The answer is None where the whole text is in another format. Boxes are finite, but may be inverted.
     """
-    if choose(style, STYLES, "style") == "qwen2_5_vl":
+    if STYLES[choose(style, STYLES, "style")].json:
         items = json_list(body)
         return None if items is None else [json_box(item) for item in items]
     segments = token_segments(body)
@@ -291,7 +296,7 @@ def labelled_boxes(body: str, style: str) -> list[Labelled | None] | None:
 
 def write_boxes(segments: Sequence[tuple[str, Int[np.ndarray, "_ 4"]]], style: str) -> str:
     """Whole-number boxes per label, as `style` writes them."""
-    if choose(style, STYLES, "style") == "qwen2_vl":
+    if not STYLES[choose(style, STYLES, "style")].json:
         return write_tokens(segments)
     return write_json([{"bbox_2d": box, "label": label} for label, boxes in segments for box in boxes.tolist()])
 
@@ -307,6 +312,6 @@ def whole_boxes(boxes: Boxes) -> Int[np.ndarray, "N 4"]:
 
 def finish_prompt(text: str, style: str, thinking: bool) -> str:
     """The question with what the style and the answer form add: a request for JSON, the thinking suffix."""
-    if choose(style, STYLES, "style") == "qwen2_5_vl":
+    if STYLES[choose(style, STYLES, "style")].json:
         text += JSON_REQUEST
     return text + THINKING_SUFFIX if thinking else text

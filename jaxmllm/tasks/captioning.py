@@ -41,6 +41,7 @@ from jaxmllm.tasks.scene_words import (
     SKIPPED,
     VERBS,
 )
+from jaxmllm.tasks.task import Record, Reward, Row, Shown, Task
 
 PROMPTS = (
     "Describe this image in detail.",
@@ -413,35 +414,52 @@ def _four_grams(text: str) -> list[tuple[str, ...]]:
     return list(zip(words, words[1:], words[2:], words[3:], strict=False))
 
 
-def metric(
-    texts: Sequence[str],
-    records: Sequence[Mapping[str, Any]],
-    thinking: bool = False,
-    graph: Callable[[str], SceneGraph] = parse,
-) -> dict[str, float]:
-    """Means over captions, shares in 0..1.
+def repeat_4(text: str) -> float:
+    """The share of a text's 4-grams that it has used before."""
+    grams = _four_grams(text)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
-    `capture`, `precision`, `recall` with the benchmark's weights 5:5:2 and loose attributes (weights of the last two:
-    ours), over the records with a reference; `words`, the length; `repeat_4`, the share of a caption's 4-grams that it
-    has used before; `distinct_4`, the share of different 4-grams in all captions together.
-    """
-    rows = [
-        _against_references(text, record, thinking, graph, weights=BENCHMARK_WEIGHTS, bind=False)
-        for text, record in zip(texts, records, strict=True)
-    ]
-    rows = [row for row in rows if row]
-    out = {}
-    if rows:
-        for name, key in (("capture", "f1"), ("precision", "precision"), ("recall", "recall")):
-            out[name] = float(np.mean([row[key] for row in rows]))
-    bodies = [answers.content(text, thinking) or "" for text in texts]
-    grams = [_four_grams(body) for body in bodies]
-    every = [g for caption in grams for g in caption]
-    if bodies:
-        out["words"] = float(np.mean([len(body.split()) for body in bodies]))
-        out["repeat_4"] = float(np.mean([1 - len(set(g)) / len(g) if g else 0.0 for g in grams]))
-        out["distinct_4"] = len(set(every)) / len(every) if every else 1.0
-    return out
+
+def distinct_4(texts: Sequence[str]) -> float:
+    """The share of different 4-grams in all texts together; 1 without any."""
+    every = [gram for text in texts for gram in _four_grams(text)]
+    return len(set(every)) / len(every) if every else 1.0
+
+
+@dataclass(frozen=True)
+class Captioning(Task):
+    """A detailed description of the picture."""
+
+    thinking: bool = False
+    weights: tuple[float, ...] = RULE_WEIGHTS  # of the reward: objects, attributes, relations
+
+    figures = {
+        **dict.fromkeys(("capture", "precision", "recall"), "higher"),
+        "words": "neutral",
+        "repeat_4": "lower",
+    }
+    primary = ("capture",)
+
+    def prompt(self, record: Record) -> str:
+        return prompt(record)
+
+    def gold(self, record: Record) -> str:
+        return answer(record)
+
+    def reward(self, text: str, record: Record) -> Reward:
+        return reward(text, record, self.thinking, self.weights)
+
+    def row(self, text: str, record: Record) -> Row:
+        """`capture`, `precision`, `recall` where there is a reference, with the benchmark's weights 5:5:2 and loose
+        attributes (weights of the last two: ours); `words`, the length; `repeat_4`.
+        """
+        row = _against_references(text, record, self.thinking, parse, weights=BENCHMARK_WEIGHTS, bind=False)
+        body = answers.content(text, self.thinking) or ""
+        scored = {"capture": row["f1"], "precision": row["precision"], "recall": row["recall"]} if row else {}
+        return {**scored, "words": float(len(body.split())), "repeat_4": repeat_4(body)}
+
+    def predicted(self, text: str, record: Record) -> Shown:
+        return {"text": answers.content(text, self.thinking) or ""}
 
 
 def length_matched(
@@ -449,9 +467,8 @@ def length_matched(
     others: Sequence[str],
     records: Sequence[Mapping[str, Any]],
     thinking: bool = False,
-    graph: Callable[[str], SceneGraph] = parse,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """`metric` of two systems, each pair of captions cut after as many words as the shorter one has.
+    """Figures of two systems, each pair of captions cut after as many words as the shorter one has.
 
     Recall grows with length alone: what is left of a difference here was not bought with words (sheet reper.md 6).
     """
@@ -461,7 +478,7 @@ def length_matched(
         least = min(map(len, words))
         for kept, found in zip(cut, words, strict=True):
             kept.append(found[0].string[: found[least - 1].end()] if least else "")
-    first, second = (metric(captions, records, graph=graph) for captions in cut)
+    first, second = (Captioning().metric(captions, records) for captions in cut)
     return first, second
 
 

@@ -24,6 +24,7 @@ nothing only at the far end of the diagonal. Counter: a shorter `reach` (correct
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from scipy.optimize import linear_sum_assignment
 
 from jaxmllm.geometry import Boxes, Points, hungarian
 from jaxmllm.tasks import answers
+from jaxmllm.tasks.task import Record, Reward, Row, Shown, Task, in_pixels
 
 SCALE = 1000 * math.sqrt(2)  # the diagonal of the 0..1000 grid
 POINT_BOX_HALF = 10  # half side, in units of the answer's frame, of the box written around a target known as a point
@@ -96,7 +98,7 @@ def _pairs(cost: Float[np.ndarray, "P G"], matching: str, assign: Callable[[np.n
 def prompt(record: Mapping[str, Any], style: str = "qwen2_5_vl", thinking: bool = False) -> str:
     """The user's text: the published question (no full stop), with a request for JSON for Qwen2.5-VL."""
     text = f"Output all the bounding boxes of the {record['label']}"
-    return answers.finish_prompt(text + "." if style == "qwen2_5_vl" else text, style, thinking)
+    return answers.finish_prompt(text + "." if answers.STYLES[style].json else text, style, thinking)
 
 
 def answer(record: Mapping[str, Any], style: str = "qwen2_5_vl", thinking: bool = False) -> str:
@@ -127,7 +129,7 @@ def parse(text: str, style: str = "qwen2_5_vl", thinking: bool = False, rules: s
     if answers.choose(rules, answers.RULES, "rules") == "released":
         points = released_points(body)
         return Points([p for p in points if all(map(math.isfinite, p))], "norm1000")
-    if style == "qwen2_vl":
+    if not answers.STYLES[style].json:
         found = [_center(answers.pair_box(content)) for content in answers.token_boxes(body, across_lines=True)]
     else:
         found = [_json_point(item) for item in answers.json_objects(body)]
@@ -143,7 +145,7 @@ def read(text: str, style: str = "qwen2_5_vl", thinking: bool = False) -> list[l
     if thinking and not answers.thinking_format(text):
         return None
     body = answers.content(text, thinking) or ""
-    if answers.choose(style, answers.STYLES, "style") == "qwen2_5_vl":
+    if answers.STYLES[answers.choose(style, answers.STYLES, "style")].json:
         items = answers.json_list(body)
         return None if items is None else [_json_point(item) for item in items]
     segments = answers.token_segments(body)
@@ -205,25 +207,42 @@ def _targets(record: Mapping[str, Any]) -> Points:
     return Points.of(record, record["points"]) if "points" in record else Boxes.of(record, record["boxes"]).centers
 
 
-def metric(
-    texts: Sequence[str],
-    records: Sequence[Mapping[str, Any]],
-    style: str = "qwen2_5_vl",
-    thinking: bool = False,
-    rules: str = "corrected",
-) -> dict[str, float]:
-    """`accuracy`: share of answers with exactly `count` readable boxes (no format gate); `mae`: mean count error.
+@dataclass(frozen=True)
+class Counting(Task):
+    """A box or point for each object of a category."""
 
-    Released rules: an answer without a readable box counts as no answer, so a true 0 can never be right.
-    """
-    if not texts:
-        return {}
-    found = np.array([len(parse(text, style, thinking, rules)) for text in texts])
-    true = np.array([record["count"] for record in records])
-    right = found == true
-    if rules == "released":
-        right &= found > 0
-    return {"accuracy": float(right.mean()), "mae": float(np.abs(found - true).mean())}
+    style: answers.StyleName = "qwen2_5_vl"
+    thinking: bool = False
+    rules: answers.Rules = "corrected"
+    matching: answers.Matching = "hungarian"
+
+    figures = {"accuracy": "higher", "mae": "lower"}
+    primary = ("accuracy", "mae")
+
+    def prompt(self, record: Record) -> str:
+        return prompt(record, self.style, self.thinking)
+
+    def gold(self, record: Record) -> str:
+        return answer(record, self.style, self.thinking)
+
+    def reward(self, text: str, record: Record) -> Reward:
+        return reward(text, record, self.rules, self.style, self.thinking, self.matching)
+
+    def row(self, text: str, record: Record) -> Row:
+        """`accuracy`: whether the answer has exactly `count` readable boxes (no format gate); `mae`: count error.
+
+        Released rules: an answer without a readable box counts as no answer, so a true 0 can never be right.
+        """
+        counted = len(parse(text, self.style, self.thinking, self.rules))
+        right = counted == record["count"] and (counted > 0 or self.rules != "released")
+        return {"accuracy": float(right), "mae": float(abs(counted - record["count"]))}
+
+    def groups(self, record: Record) -> tuple[str, ...]:
+        return (str(record["label"]),)
+
+    def predicted(self, text: str, record: Record) -> Shown:
+        points = parse(text, self.style, self.thinking, self.rules)
+        return {"points": in_pixels(record, points), "count": len(points)}
 
 
 PARSERS = {

@@ -29,26 +29,15 @@ A known weakness of both: class and location are means over the matched pairs, s
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from jaxmllm.geometry import Boxes, box_area, box_valid, hungarian, match_iou, pairwise_giou, pairwise_iou
 from jaxmllm.tasks import answers
-
-# The 80 classes of COCO with their ids, in id order.
-_COCO_NAMES = (
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
-    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,"
-    "suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,"
-    "tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,"
-    "hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,"
-    "cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,"
-    "toothbrush"
-).split(",")
-_COCO_GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-COCO_IDS = dict(zip(_COCO_NAMES, (i for i in range(1, 91) if i not in _COCO_GAPS), strict=True))
+from jaxmllm.tasks.coco_ids import COCO_IDS
+from jaxmllm.tasks.task import Line, Named, Record, Reward, Row, Shown, Task, in_pixels
 
 IOU_THRESHOLD = 0.5
 FORMAT_WEIGHT, PENALTY_WEIGHT = 0.25, 0.5
@@ -276,7 +265,7 @@ def parse(
     if answers.choose(rules, answers.RULES, "rules") == "released":
         body = answers.content(text, thinking="<answer>" in text)
         found = [answers.json_box(item) for item in answers.json_list(body or "") or []]
-    elif style == "qwen2_5_vl":
+    elif answers.STYLES[style].json:
         found = [answers.json_box(item) for item in answers.json_objects(body or "")]
     else:
         found = answers.labelled_boxes(body or "", style) or []
@@ -371,38 +360,79 @@ def reward(
     return parts
 
 
-def metric(
-    texts: Sequence[str],
-    records: Sequence[Mapping[str, Any]],
-    style: str = "qwen2_5_vl",
-    thinking: bool = False,
-    rules: str = "corrected",
-) -> dict[str, float]:
-    """Summary over all answers: `precision`, `recall`, `f1` of pairs with equal label and IoU > 0.5, their `mean_iou`.
+@dataclass(frozen=True)
+class Detection(Task):
+    """Boxes and names of all objects of the asked categories."""
 
-    Counts are pooled over the images. `boxes` is the mean number of predictions an image. A share without any box in
-    its denominator is 1 (nothing was there to miss or to get wrong). COCO AP is computed by the evaluation harness.
-    """
-    if not texts:
-        return {}
-    predicted = true = 0
-    paired: list[float] = []
-    for text, record in zip(texts, records, strict=True):
-        found = parse(text, style, thinking, rules, record.get("categories"))
-        target = Boxes.of(record, record["boxes"]).to(found.boxes.frame)
-        same = np.array(found.labels, object)[:, None] == np.array(record["labels"], object)[None]
-        iou = np.where(same, pairwise_iou(found.boxes.array, target.array), 0.0)
-        paired += iou[match_iou(iou, IOU_THRESHOLD)].tolist()
-        predicted, true = predicted + len(found.labels), true + len(target)
-    precision = len(paired) / predicted if predicted else 1.0
-    recall = len(paired) / true if true else 1.0
-    return {
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
-        "mean_iou": float(np.mean(paired)) if paired else 0.0,
-        "boxes": predicted / len(texts),
+    style: answers.StyleName = "qwen2_5_vl"
+    thinking: bool = False
+    wording: Literal["train", "evaluation"] = "train"
+    rules: answers.Rules = "corrected"
+    matching: answers.Matching = "hungarian"
+    weights: Weights = Weights()
+
+    figures = {
+        "AP*": "higher",
+        **dict.fromkeys(("precision", "recall", "f1", "mean_iou"), "higher"),
+        "boxes": "neutral",
     }
+    primary = ("AP", "AP50")
+
+    def prompt(self, record: Record) -> str:
+        return prompt(record, self.style, self.thinking, self.wording)
+
+    def gold(self, record: Record) -> str:
+        return answer(record, self.style, self.thinking)
+
+    def reward(self, text: str, record: Record) -> Reward:
+        return reward(text, record, self.rules, self.style, self.thinking, self.matching, self.weights)
+
+    def _read(self, text: str, record: Record) -> Detections:
+        return parse(text, self.style, self.thinking, self.rules, record.get("categories"))
+
+    def row(self, text: str, record: Record) -> Row:
+        """`precision`, `recall`, `f1` of pairs with equal label and IoU > 0.5, pooled over images, their `mean_iou`.
+
+        `boxes` is the number of predictions an image.
+        """
+        read = self._read(text, record)
+        target = Boxes.of(record, record["boxes"]).to(read.boxes.frame)
+        same = np.array(read.labels, object)[:, None] == np.array(record["labels"], object)[None]
+        iou = np.where(same, pairwise_iou(read.boxes.array, target.array), 0.0)
+        paired = iou[match_iou(iou, IOU_THRESHOLD)]
+        right, predicted, true = len(paired), len(read.labels), len(target)
+        return {
+            "precision": (right, predicted),
+            "recall": (right, true),
+            "f1": (2 * right, predicted + true),
+            "mean_iou": (float(paired.sum()), right),
+            "boxes": float(predicted),
+        }
+
+    def files(self, records: Sequence[Record], lines: Sequence[Line], ids: Mapping[str, int] | None) -> dict[str, Any]:
+        """COCO annotations of the records and COCO results of the lines, in original pixels."""
+        from jaxmllm.tasks import coco_ap
+
+        known = coco_ap.category_ids(records, ids)
+        results = coco_ap.results(records, [line["prediction"] for line in lines], known)
+        return {"ground_truth.json": coco_ap.ground_truth(records, known), "coco_results.json": results}
+
+    def whole(self, lines: Sequence[Line], files: Mapping[str, Any]) -> Named | None:
+        """COCO AP."""
+        from jaxmllm.tasks import coco_ap
+
+        truth = files["ground_truth.json"]
+        names, statistic = coco_ap.ap_statistic(truth, files["coco_results.json"])
+        order = np.argsort([image["id"] for image in truth["images"]], kind="stable")  # COCO's order of images
+        return names, lambda counts: statistic(counts[:, order])
+
+    def predicted(self, text: str, record: Record) -> Shown:
+        read = self._read(text, record)
+        kept = [(box, label) for i, label in enumerate(read.labels) for box in in_pixels(record, read.boxes[i : i + 1])]
+        return {"boxes": [box for box, _ in kept], "labels": [label for _, label in kept]}
+
+    def title(self, record: Record) -> str:
+        return ", ".join(record["categories"]) if "categories" in record else self.prompt(record)
 
 
 PARSERS = {

@@ -27,13 +27,15 @@ well) and `absent` (something that is not there; the answer says so). `foresight
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxmllm.geometry import Boxes
 from jaxmllm.tasks import trajectories
 from jaxmllm.tasks.answers import MAX_CHARS, choose
+from jaxmllm.tasks.task import Record, Reward, Row, Task
 from jaxmllm.tasks.trajectories import format_box, quantize_box, trajectory_reward, write_frames, write_trajectories
 
 COORD_SPACES = {"norm1000": "norm1000", "abs": "resized"}  # name -> frame of geometry.Boxes
@@ -397,24 +399,45 @@ def keep_prompt(record: Mapping[str, Any], max_static: float = 0.85) -> bool:
     return bool(record["query"].get("absent")) or static_reward(record) <= max_static
 
 
-def metric(
-    texts: Sequence[str], records: Sequence[Mapping[str, Any]], coord_space: str = "norm1000"
-) -> dict[str, float]:
-    """Tracking measures over the frames after the first, pooled over a record's frames, then averaged over records.
+@dataclass(frozen=True)
+class Foresight(Task):
+    """Trajectories as text, seen and still to come (Merlin)."""
 
-    `ao`, `sr50`, `sr75`; `ade`, `fde` in units of the grid (a missing frame repeats the last box); `reward` and its
-    parts. Two baselines stand beside them: `static_*`, the first box copied, and `velocity_*`, the last two known boxes
-    (of the shown frames; of the first two without a horizon) continued at constant speed, on the frames after those;
-    `future_*` is the answer on the frames of the horizon alone. Records of kinds without trajectories are left out.
-    """
-    rows = []
-    for text, record in zip(texts, records, strict=True):
-        if record["query"]["kind"] in TRACKED:
-            rows.append(dict(reward(text, record, coord_space) or {}))
-            if not record["query"].get("absent"):
-                rows[-1] |= _tracking(text, record, coord_space)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+    coord_space: Literal["norm1000", "abs"] = "norm1000"
+    precise: bool = True
+    trajectory: bool = True
+
+    figures = {
+        **dict.fromkeys(("static_*", "velocity_*"), "neutral"),
+        **dict.fromkeys(("ade", "fde", "future_ade", "future_fde"), "lower"),
+        "*": "higher",
+    }
+    primary = ("ao", "ade")
+
+    def prompt(self, record: Record) -> str:
+        return prompt(record, self.coord_space, self.precise)
+
+    def content(self, record: Record) -> list[dict[str, Any]]:
+        return content(record, self.coord_space, self.precise)
+
+    def gold(self, record: Record) -> str:
+        return answer(record, self.coord_space, self.trajectory)
+
+    def reward(self, text: str, record: Record) -> Reward:
+        return reward(text, record, self.coord_space)
+
+    def row(self, text: str, record: Record) -> Row:
+        """Tracking measures over the frames after the first, pooled over the record's frames.
+
+        `ao`, `sr50`, `sr75`; `ade`, `fde` in units of the grid (a missing frame repeats the last box); `reward` and its
+        parts. Two baselines stand beside them: `static_*`, the first box copied, and `velocity_*`, the last two known
+        boxes (of the shown frames; of the first two without a horizon) continued at constant speed, on the frames after
+        those; `future_*` is the answer on the frames of the horizon alone. Kinds without trajectories have none.
+        """
+        if record["query"]["kind"] not in TRACKED:
+            return {}
+        row = dict(reward(text, record, self.coord_space) or {})
+        return row if record["query"].get("absent") else row | _tracking(text, record, self.coord_space)
 
 
 def _tracking(text: str, record: Mapping[str, Any], coord_space: str) -> dict[str, float]:

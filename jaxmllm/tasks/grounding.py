@@ -17,12 +17,12 @@ Kept as designed: only the first box counts, an inverted box scores 0, the text 
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from jaxmllm.geometry import Boxes, box_area, box_intersection, box_iou
 from jaxmllm.tasks import answers
+from jaxmllm.tasks.task import Record, Reward, Row, Shown, Task, in_pixels
 
 ACCURACY_THRESHOLDS = (0.1, 0.3, 0.5, 0.75, 0.95)
 
@@ -126,7 +126,7 @@ def parse(text: str, style: str = "qwen2_5_vl", thinking: bool = False, rules: s
     if answers.choose(rules, answers.RULES, "rules") == "released":
         first = released_box(body, lax=True)
         return Boxes(first, "norm1000" if answers.BOX_START in body else "pixel") if any(first) else None
-    box = _token_box(body) if frame == "norm1000" else _json_box(body)
+    box = _json_box(body) if answers.STYLES[style].json else _token_box(body)
     return None if box is None else Boxes(box, frame)
 
 
@@ -192,35 +192,48 @@ def _iou(pred: Boxes | None, record: Mapping[str, Any]) -> float:
     return float(Boxes.of(record, pred.array, pred.frame).iou(Boxes.of(record, record["box"]).to(pred.frame)))
 
 
-def metric(
-    texts: Sequence[str],
-    records: Sequence[Mapping[str, Any]],
-    style: str = "qwen2_5_vl",
-    thinking: bool = False,
-    rules: str = "corrected",
-) -> dict[str, float]:
-    """Mean IoU, Acc@0.1/0.3/0.5/0.75/0.95, their published average and centre accuracy, shares in 0..1.
+@dataclass(frozen=True)
+class Grounding(Task):
+    """The box of a described object."""
 
-    As published, IoU is intersection / (union + 1e-10) on the 0..1000 grid, compared with >=: an exact 0.5 is a miss.
-    `Acc@avg` is the mean of Acc@0.5, @0.75 and @0.95. `center_acc`: the predicted centre lies in the target box.
-    """
-    if not texts:
-        return {}
-    ious, centers = [], []
-    for text, record in zip(texts, records, strict=True):
-        pred = parse(text, style, thinking, rules)
+    style: answers.StyleName = "qwen2_5_vl"
+    thinking: bool = False
+    rules: answers.Rules = "corrected"
+
+    figures = {"IoU": "higher", "Acc@*": "higher", "center_acc": "higher"}
+    primary = ("Acc@0.5", "IoU")
+
+    def prompt(self, record: Record) -> str:
+        return prompt(record, self.style, self.thinking)
+
+    def gold(self, record: Record) -> str:
+        return answer(record, self.style, self.thinking)
+
+    def reward(self, text: str, record: Record) -> Reward:
+        return reward(text, record, rules=self.rules, style=self.style, thinking=self.thinking)
+
+    def row(self, text: str, record: Record) -> Row:
+        """IoU, Acc@0.1/0.3/0.5/0.75/0.95, their published average and centre accuracy.
+
+        As published, IoU is intersection / (union + 1e-10) on the 0..1000 grid, compared with >=: an exact 0.5 is a miss.
+        `Acc@avg` is the mean of Acc@0.5, @0.75 and @0.95. `center_acc`: the predicted centre lies in the target box.
+        """
+        pred = parse(text, self.style, self.thinking, self.rules)
         target = Boxes.of(record, record["box"]).to("norm1000")
         box = Boxes([0.0] * 4, "norm1000") if pred is None else Boxes.of(record, pred.array, pred.frame).to("norm1000")
         inter = box_intersection(box.array, target.array)
-        ious.append(float(inter / (box_area(box.array) + box_area(target.array) - inter + 1e-10)))
-        centers.append(pred is not None and bool(box.centers.inside(target)))
-    accuracy = {t: float(np.mean(np.array(ious) >= t)) for t in ACCURACY_THRESHOLDS}
-    return {
-        "IoU": float(np.mean(ious)),
-        **{f"Acc@{t}": value for t, value in accuracy.items()},
-        "Acc@avg": float(np.mean([accuracy[t] for t in (0.5, 0.75, 0.95)])),
-        "center_acc": float(np.mean(centers)),
-    }
+        iou = float(inter / (box_area(box.array) + box_area(target.array) - inter + 1e-10))
+        hits = {t: float(iou >= t) for t in ACCURACY_THRESHOLDS}
+        return {
+            "IoU": iou,
+            **{f"Acc@{t}": hit for t, hit in hits.items()},
+            "Acc@avg": (hits[0.5] + hits[0.75] + hits[0.95]) / 3,
+            "center_acc": float(pred is not None and bool(box.centers.inside(target))),
+        }
+
+    def predicted(self, text: str, record: Record) -> Shown:
+        box = parse(text, self.style, self.thinking, self.rules)
+        return {"boxes": [] if box is None else in_pixels(record, box)}
 
 
 PARSERS = {

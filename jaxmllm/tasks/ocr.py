@@ -17,14 +17,15 @@ character is a word: the word-based figures then differ from published ones, the
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 from rapidfuzz.distance import Levenshtein
 from sacrebleu.metrics import BLEU
 
 from jaxmllm.tasks import answers
+from jaxmllm.tasks.task import Record, Reward, Row, Shown, Task
 
 # The evaluation script sends the marker as text, besides the real image.
 PROMPTS = {"train": "OCR this image.", "evaluation": "<image>\nOCR this image: "}
@@ -187,10 +188,33 @@ def reward(text: str, record: Mapping[str, Any], rules: str = "corrected", think
     return edit_similarity(parse(text, thinking), record["text"], rules)
 
 
-def metric(texts: Sequence[str], records: Sequence[Mapping[str, Any]], thinking: bool = False) -> dict[str, float]:
-    """Page averages of `page_metrics`, shares in 0..1 (the paper prints them times 100)."""
-    pages = [page_metrics(parse(t, thinking), r["text"]) for t, r in zip(texts, records, strict=True)]
-    return {name: float(np.mean([page[name] for page in pages])) for name in pages[0]} if pages else {}
+@dataclass(frozen=True)
+class OCR(Task):
+    """The text of a page."""
+
+    thinking: bool = False
+    wording: Literal["train", "evaluation"] = "train"
+    rules: answers.Rules = "corrected"
+
+    figures = {"edit_distance": "lower", **dict.fromkeys(("precision", "recall", "f1", "bleu", "meteor*"), "higher")}
+    primary = ("edit_distance", "f1")
+
+    def prompt(self, record: Record) -> str:
+        return prompt(record, self.wording, self.thinking)
+
+    def gold(self, record: Record) -> str:
+        return answer(record, self.thinking)
+
+    def reward(self, text: str, record: Record) -> Reward:
+        return reward(text, record, self.rules, self.thinking)
+
+    def row(self, text: str, record: Record) -> Row:
+        """`page_metrics`; the corrected ones in every case (the paper prints them times 100)."""
+        found = page_metrics(parse(text, self.thinking), record["text"])
+        return {name: value for name, value in found.items() if value is not None}
+
+    def predicted(self, text: str, record: Record) -> Shown:
+        return {"text": parse(text, self.thinking)}
 
 
 PARSERS = {"direct": parse, "thinking": lambda text: parse(text, thinking=True)}

@@ -16,14 +16,17 @@ Option `style`: the frame of the box's numbers, as everywhere; the form is JSON 
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jaxmllm.geometry import Boxes
+from jaxmllm.intervals import ratio
 from jaxmllm.tasks import answers
 from jaxmllm.tasks.relation_graphs import Oracle, chance_of_edges
 from jaxmllm.tasks.relation_phrases import parse_graph
+from jaxmllm.tasks.task import Line, Named, Record, Reward, Row, Task
 
 MAX_TRACE_WEIGHT = 0.2
 WORD_BINS = ((11, "11"), (16, "16"), (math.inf, "more"))  # words, up to -> name
@@ -260,41 +263,82 @@ def outcomes(
     return rows
 
 
-def metric(
-    texts: Sequence[str],
-    records: Sequence[Mapping[str, Any]],
-    style: str = "qwen2_5_vl",
-    thinking: bool = False,
-    max_train_len: int | None = None,
-) -> dict[str, float]:
-    """`cascade_metrics` as shares in 0..1 over completions, `format`, and `joint_acc` by edges and by words.
+@dataclass(frozen=True)
+class Relations(Task):
+    """Whether an expression fits the picture, where, and which of its relations is wrong."""
 
-    Names of the subsets: `id/match_acc`, `ood/..`, `gap/..` with `max_train_len`; `joint_acc/edges=3`,
-    `joint_acc/words<=16`. `said_match` is the share called a match: stop if it leaves 0.3..0.7 in training on pairs.
-    """
-    if not texts:
-        return {}
-    rows = outcomes(texts, records, style, thinking)
-    twins = [record.get("twin") for record in records]
-    complete = len(records) > 1 and None not in twins
-    edges = [len(record["edges"]) for record in records]
-    found = cascade_metrics(**rows, max_train_len=max_train_len, pair=twins if complete else None, n_edges=edges)
-    out = dict(found.pop("all"))
-    for name, value in found.items():
-        out |= {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-    groups: dict[str, list[int]] = {}
-    for i, (count, words) in enumerate(zip(edges, rows["length"], strict=True)):
-        up_to = next(name for limit, name in WORD_BINS if words <= limit)
-        for group in (f"edges={count}", f"words={'17+' if up_to == 'more' else '<=' + up_to}"):
-            groups.setdefault(group, []).append(i)
-    for group in sorted(groups):
-        some: dict[str, Any] = {
-            name: [values[i] for i in groups[group]] for name, values in rows.items() if name != "length"
+    style: answers.StyleName = "qwen2_5_vl"
+    thinking: bool = False
+    trace: bool = False
+    trace_weight: float = 0.0
+
+    figures = {
+        **dict.fromkeys(("*_acc", "format", "pair_acc"), "higher"),
+        **dict.fromkeys(("said_match", "mrr_chance"), "neutral"),
+    }
+    primary = ("joint_acc", "match_acc")
+
+    def prompt(self, record: Record) -> str:
+        return prompt(record, self.style, self.thinking, self.trace)
+
+    def gold(self, record: Record) -> str:
+        return answer(record, self.style, self.thinking)
+
+    def reward(self, text: str, record: Record) -> Reward:
+        return reward(text, record, self.style, self.thinking, self.trace_weight)
+
+    def row(self, text: str, record: Record) -> Row:
+        """The published cascade of one answer (`cascade_metrics`, shares), and `format`. What cannot be read is wrong.
+
+        `said_match`: whether a readable answer calls it a match; stop if the share leaves 0.3..0.7 in training on pairs.
+        `mrr_chance`: what naming a relation at random earns.
+        """
+        read, match = parse(text, len(record["edges"]), self.thinking), bool(record["match"])
+        said = read or {}
+        right = said.get("match") == match
+        if match:
+            hit = right and _iou(said["box"], record, self.style) > 0.5
+            cascade = {"grd_acc": float(hit)}
+            joint, overall = hit, hit
+        else:
+            named = right and said["relation"] == record["foil_pos"]
+            edges = len(record["edges"])
+            cascade = {"mrr_acc": float(named)} | ({"mrr_chance": chance_of_edges([edges])} if edges else {})
+            joint, overall = named, right
+        return {
+            "match_acc": float(right),
+            **cascade,
+            "overall_acc": float(overall),
+            "joint_acc": float(joint),
+            "format": float(read is not None),
+            "said_match": (float(said["match"]), 1.0) if read is not None else (0.0, 0.0),
         }
-        out[f"joint_acc/{group}"] = cascade_metrics(**some)["joint_acc"]
-    readable = [parse(text, count, thinking) is not None for text, count in zip(texts, edges, strict=True)]
-    out |= {"format": 100 * float(np.mean(readable)), "said_match": 100 * float(np.mean(rows["match_pred"]))}
-    return {name: value / 100 for name, value in out.items() if math.isfinite(value)}
+
+    def groups(self, record: Record) -> tuple[str, ...]:
+        words = record.get("length", len(record["expression"].split()))
+        up_to = next(name for limit, name in WORD_BINS if words <= limit)
+        return f"edges={len(record['edges'])}", f"words={'17+' if up_to == 'more' else '<=' + up_to}"
+
+    def unit(self, record: Record) -> str | None:
+        return super().unit(record) if record.get("twin") is None else str(record["twin"])
+
+    def whole(self, lines: Sequence[Line], files: Mapping[str, Any]) -> Named | None:
+        """`pair_acc`: the share of complete pairs of twins of which both answers are jointly right."""
+        twins: dict[str, list[int]] = {}
+        for i, line in enumerate(lines):
+            if line["unit"] is not None:
+                twins.setdefault(line["unit"], []).append(i)
+        pairs = [both for both in twins.values() if len(both) == 2]
+        if not pairs:
+            return None
+        top, bottom = np.zeros((len(lines), 1)), np.zeros((len(lines), 1))
+        for first, second in pairs:  # both are resampled together: the first stands for the pair
+            bottom[first] = 1
+            top[first] = float(all(lines[k]["figures"]["joint_acc"] == 1 for k in (first, second)))
+        return ["pair_acc"], ratio(top, bottom)
+
+    def title(self, record: Record) -> str:
+        return str(record["expression"])
 
 
 # ---- reading a backbone without generation

@@ -13,12 +13,14 @@ reward reads, `"plain"` the sentence, track lines and caption of supervised trai
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxmllm.geometry import Boxes, box_iou, box_valid
 from jaxmllm.tasks import answers, track_rewards
+from jaxmllm.tasks.task import Record, Reward, Row, Task
 
 FORMS = ("answer", "plain")
 SAME = 0.95  # two subjects whose boxes overlap so much cannot be told apart by a box
@@ -359,14 +361,32 @@ def reward(
     return {key: value for key, value in named.items() if value is not None}
 
 
-def metric(texts: Sequence[str], records: Sequence[Mapping[str, Any]], style: str = "qwen2_5_vl") -> dict[str, float]:
-    """Mean reward and parts over the records that have them, and `static_traj`: the trajectory IoU, before any lift, of
-    the best guess from the prompt and one frame (`unwatched`).
-    """
-    scored = [reward(text, record, style) or {} for text, record in zip(texts, records, strict=True)]
-    scored = [{**s, "static_traj": _static(ground_truth(r, style))} for s, r in zip(scored, records, strict=True) if s]
-    keys = dict.fromkeys(key for row in scored for key in row)
-    return {key: float(np.mean([row[key] for row in scored if key in row])) for key in keys}
+@dataclass(frozen=True)
+class Tracks(Task):
+    """Trajectories and attributes of subjects of a clip."""
+
+    style: answers.StyleName = "qwen2_5_vl"
+    form: Literal["answer", "plain"] = "answer"
+    thinking: bool = False
+
+    figures = {"static_*": "neutral", "*": "higher"}
+    primary = ("reward", "traj")
+
+    def prompt(self, record: Record) -> str:
+        return prompt(record, self.style, self.form, self.thinking)
+
+    def gold(self, record: Record) -> str:
+        return answer(record, self.style, self.form, self.thinking)
+
+    def reward(self, text: str, record: Record) -> Reward:
+        return reward(text, record, self.style)
+
+    def row(self, text: str, record: Record) -> Row:
+        """The reward and its parts where the record has them, and `static_traj`: the trajectory IoU, before any lift, of
+        the best guess from the prompt and one frame (`unwatched`).
+        """
+        scored = reward(text, record, self.style)
+        return {**scored, "static_traj": _static(ground_truth(record, self.style))} if scored else {}
 
 
 # --- filters --------------------------------------------------------------------------------------------------------

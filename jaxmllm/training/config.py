@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxmllm import flags, methods
+from jaxmllm import flags, methods, tasks
 from jaxmllm.errors import InputError
 from jaxmllm.machine.mesh import MeshConfig
 from jaxmllm.methods.grpo.method import GRPO
@@ -33,6 +33,7 @@ class DataConfig:
     eval: tuple[str, ...] = ()  # evaluated at eval_steps and at both ends
     eval_samples: int = 256  # records of each eval source
     style: str = "qwen2_5_vl"  # how answers are written: qwen2_5_vl (JSON, resized pixels) or qwen2_vl (tokens, 0-1000)
+    task_options: tuple[str, ...] = ()  # of the tasks: name=value, or task.name=value, "detection.weights.penalty=true"
     thinking: bool = False  # answers are <think>..</think><answer>..</answer>; question and system turn ask for it
     system: str | None = None  # system turn of training prompts; None: the template's own (with `thinking`: R1's)
     min_pixels: int | None = None  # of a resized image; None: the checkpoint's
@@ -126,6 +127,10 @@ class TrainConfig:
             problems.append("load_best_model_at_end: name the metric in metric_for_best_model")
         if self.data.style not in answers.STYLES:
             problems.append(f"data.style = {self.data.style!r}: use one of {', '.join(answers.STYLES)}")
+        try:
+            tasks.parsed_options(self.data.task_options)
+        except InputError as error:
+            problems.append(f"data.task_options: {error}")
         problems += self.method.problems(self.facts)
         if self.lora is not None:
             try:

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -33,9 +33,10 @@ class Evaluator:
         sources: dict[str, RecordSource],
         stop: Stop,
         told: Told = lambda what, done, total: None,
+        notes: Mapping[str, str] | None = None,
     ):
         self.config, self.context, self.work, self.sources = config, context, work, sources
-        self.stop, self.told = stop, told
+        self.stop, self.told, self.notes = stop, told, notes or {}
         self.folder = config.run_dir / "eval"
 
     def __bool__(self) -> bool:
@@ -67,9 +68,11 @@ class Evaluator:
             batch_size=max(32, config.batch_size),
             limit=config.data.eval_samples,
             options=eval_options(config),
+            judge=self.work.judge,
             max_bad_records=config.data.max_bad_records,
             config={"step": step},
             save_pictures=config.save_pictures,
+            notes=self.notes,
             on_batch=on_batch,
         ).flat()
         found |= self.work.validate(state, self.sources, config.data.eval_samples)

@@ -94,10 +94,12 @@ class Run:
             config.run_dir / "checkpoints",
             keep=config.save_total_limit,
             best_metric=config.metric_for_best_model,
-            larger_is_better=best_direction(config.metric_for_best_model, opened.evaluation) > 0,
+            larger_is_better=best_direction(config, opened.evaluation) > 0,
         )
         self.stop = Stop()
-        self.evaluator = Evaluator(config, context, work, opened.sized(context), self.stop, watching.phase)
+        self.evaluator = Evaluator(
+            config, context, work, opened.sized(context), self.stop, watching.phase, opened.shared
+        )
         self.window, self.unused, self.began = Window(), 0, time.monotonic()
         self.resumed = False
         self.first_step = 0  # that of the checkpoint which the run began with

@@ -1,18 +1,20 @@
 """What a run is made of: model on the mesh, optimiser, data, checkpoints, all from one config."""
 
 import dataclasses
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from jaxmllm import api
+from jaxmllm import api, tasks
 from jaxmllm.config import load_model_config
 from jaxmllm.data.chat import Processor
 from jaxmllm.data.examples import Asking, Sized
+from jaxmllm.data.overlap import shared_records
 from jaxmllm.data.pipeline import agree_with_all
 from jaxmllm.data.sources import RecordSource, open_source
 from jaxmllm.errors import InputError
@@ -22,10 +24,13 @@ from jaxmllm.machine.processes import row_block
 from jaxmllm.machine.targets import same_devices
 from jaxmllm.methods.method import Context
 from jaxmllm.tasks import answers, ocr
+from jaxmllm.tasks.task import DIRECTIONS
 from jaxmllm.training.config import EvaluationConfig, TrainConfig
 from jaxmllm.training.metrics import chosen_trackers
 from jaxmllm.training.state import first_state, grown, layout_of
 from jaxmllm.types import TrainState
+
+log = logging.getLogger(__name__)
 
 
 def build_mesh(config: TrainConfig) -> Mesh:
@@ -77,6 +82,7 @@ class Opened:
 
     mixture: RecordSource
     evaluation: dict[str, RecordSource]  # by name
+    shared: dict[str, str]  # by name of an evaluation source, a sentence about training records in it
 
     def sized(self, context: Context) -> dict[str, RecordSource]:
         """The evaluation sources with the sizes that the model will see."""
@@ -84,8 +90,12 @@ class Opened:
         return {name: Sized(source, pixels) for name, source in self.evaluation.items()}
 
 
-def best_direction(metric: str, sources: dict[str, Any]) -> int:
-    """1 where a larger value of "<source>/<figure>" is better, -1 where a smaller one is. InputError for no such source."""
+def best_direction(config: TrainConfig, sources: Mapping[str, RecordSource]) -> int:
+    """1 where a larger value of the metric for the best model, "<source>/<figure>", is better, -1 where a smaller one is.
+
+    InputError where there is no such source, or it has no such figure with a better end.
+    """
+    metric = config.metric_for_best_model
     if not metric:
         return 1
     figure = next((metric[len(name) + 1 :] for name in sources if metric.startswith(f"{name}/")), None)
@@ -93,7 +103,15 @@ def best_direction(metric: str, sources: dict[str, Any]) -> int:
         raise InputError(
             f"metric_for_best_model = {metric!r}: write <source>/<figure>, the sources are {', '.join(sources)}"
         )
-    return measure.direction(figure) or 1
+    name = metric[: -len(figure) - 1]
+    task = tasks.of(sources[name][0])
+    ways = {own: DIRECTIONS[way] for own, way in config.method.figures.items()}
+    sign = ways.get(figure) or measure.direction(task, figure)
+    if not sign:
+        known = [f"{name}/{own}" for own in (*ways, *task.figures) if ways.get(own) or task.direction(own)]
+        neither = "neither better higher nor lower" if task.way(figure) else "not measured"
+        raise InputError(f"metric_for_best_model = {metric!r}: {neither}; use one of {', '.join(known)}")
+    return sign
 
 
 def open_data(config: TrainConfig) -> Opened:
@@ -101,10 +119,14 @@ def open_data(config: TrainConfig) -> Opened:
 
     Raises InputError.
     """
-    opened = Opened(open_mixture(config), eval_sources(config))
+    mixture, evaluation = open_mixture(config), eval_sources(config)
+    shared = shared_records(mixture, evaluation, config.data.eval_samples, asking_of(config))
+    for name, sentence in shared.items():
+        log.warning("%s: %s", name, sentence)
+    opened = Opened(mixture, evaluation, shared)
     config.method.check()
     chosen_trackers(config.report_to)
-    best_direction(config.metric_for_best_model, opened.evaluation)
+    best_direction(config, opened.evaluation)
     if (
         config.resume_from and not (config.run_dir / "config.json").exists()
     ):  # one that has begun has its own checkpoints
@@ -135,10 +157,16 @@ def system_turn(config: TrainConfig, system: str | None) -> str | None:
     return answers.THINKING_SYSTEM if config.data.thinking and system in plain else system
 
 
+def task_options(config: TrainConfig) -> dict[str, Any]:
+    """Options of the tasks in training."""
+    data = config.data
+    return {"style": data.style, "thinking": data.thinking, **tasks.parsed_options(data.task_options)}
+
+
 def asking_of(config: TrainConfig) -> Asking:
     """How training asks."""
     data = config.data
-    return Asking({"style": data.style, "thinking": data.thinking}, system_turn(config, data.system))
+    return Asking(task_options(config), system_turn(config, data.system))
 
 
 def eval_options(config: TrainConfig) -> dict[str, Any]:
@@ -146,13 +174,12 @@ def eval_options(config: TrainConfig) -> dict[str, Any]:
     given = {"wording": config.evaluation.wording, "rules": config.evaluation.rules}
     usual = EvaluationConfig()
     rest = {name: value for name, value in given.items() if value != getattr(usual, name)}
-    return {"style": config.data.style, "thinking": config.data.thinking} | rest
+    return task_options(config) | rest
 
 
 def eval_asking(config: TrainConfig) -> Asking:
     """How evaluations ask."""
-    options = {name: value for name, value in eval_options(config).items() if name != "rules"}
-    return Asking(options, system_turn(config, config.evaluation.system))
+    return Asking(eval_options(config), system_turn(config, config.evaluation.system))
 
 
 def open_mixture(config: TrainConfig) -> RecordSource:
@@ -186,7 +213,7 @@ def build(config: TrainConfig, opened: Opened | None = None) -> tuple[Context, T
         mixture=opened.mixture,
         asking=asking_of(config),
         evaluating=eval_asking(config),
-        style={"style": data.style, "thinking": data.thinking},
+        task_options=task_options(config),
         reading=dict(
             max_bad_records=data.max_bad_records,
             threads=data.workers,

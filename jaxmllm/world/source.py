@@ -148,6 +148,7 @@ class WorldSource:
             task = self._draw_task(stream)
             name = f"world-{task}-{self.split}-{self.seed}-{index.__index__()}-{k}"
             record: Record = {"id": name, "task": task, "images": images, "size": list(content.size)}
+            record["unit"] = "-".join(map(str, content.address))  # questions of one picture are not independent
             if questions is not None:
                 record |= getattr(questions, task)(k)
             elif isinstance(content, Clip):

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxmllm.eval import coco, measure
-from jaxmllm.eval.intervals import RESAMPLES, Interval, Statistic, percentiles, resample
+from jaxmllm import tasks
+from jaxmllm.eval import measure
+from jaxmllm.intervals import RESAMPLES, Interval, Statistic, percentiles, resample
 from jaxmllm.runfiles import read_json, read_lines
+from jaxmllm.tasks import coco_ap as coco
 from tests.benchmarks.findings import FEW, FEW_TASKS, results
 
 
@@ -105,7 +107,7 @@ def statistic(folder: Path, source: str, figure: str) -> tuple[int, Statistic]:
     else:
         lines = [line for line in read_lines(folder / "predictions.jsonl") if line["source"] == source]
         lines.sort(key=lambda line: line["index"])
-        names, all_figures = measure.lines_statistic(lines)
+        names, all_figures = measure.lines_statistic(lines, ())
         count = len(lines)
     column = names.index(figure)
     return count, lambda counts: all_figures(counts)[:, column : column + 1]
@@ -143,7 +145,7 @@ def over_seeds(parts: Sequence[Sequence[tuple[int, Statistic]]], signs: Sequence
 def verdict(finding: Finding, figure: str, difference: Interval) -> str:
     """Whether the difference has the sign that the paper reports."""
     assert difference.low is not None and difference.high is not None
-    sign = measure.direction(figure)
+    sign = max((measure.direction(tasks.get(name), figure) for name in tasks.names()), key=abs)
     better = 0 if difference.low <= 0 <= difference.high else (1 if difference.value * sign > 0 else -1)
     if not finding.paper:
         return {0: "no difference", 1: "better", -1: "worse"}[better]

@@ -1,7 +1,7 @@
 """GRPO: draw G completions of every prompt, reward them, update the policy on them."""
 
 import dataclasses
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -34,7 +34,6 @@ from jaxmllm.methods.shapes import Program, Sizes
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout import sampler
 from jaxmllm.rollout.scorer import encode_jit, score_jit
-from jaxmllm.tasks.detection import Weights
 from jaxmllm.types import Completions, Prompts, TrainState
 
 Rows = tuple[Prompts, Any]  # prompts on the mesh, and the output of a frozen tower
@@ -56,7 +55,6 @@ class GRPO(Method, GRPOOptions):
     reward_funcs: tuple[str, ...] = ("task",)  # their weights: reward_weights
     reward_rules: Literal["corrected", "released"] = "corrected"  # of "task"; released: Perception-R1's, bugs included
     reward_matching: Literal["hungarian", "order"] = "hungarian"  # of "task": paired optimally, or as they are listed
-    detection: Weights = Weights()  # terms of the detection reward
     soft_punish_cache: int = 0  # of "soft_overlong": tokens before the limit where the punishment begins
     repetition_n_grams: int = 3  # of "repetition": tokens
     repetition_max_penalty: float = -1.0  # of "repetition": for an answer that is one n-gram over and over
@@ -166,7 +164,7 @@ class GRPOWork(Work):
 
     def __init__(self, method: GRPO, context: Context):
         self.method, self.context, self.loss = method, context, method.loss
-        self.rewards = rewards.of_method(method, context.style)
+        self.rewards = rewards.of_method(method, context.task_options)
         self.batches = rl_batches(
             context.mixture,
             context.model.processor,
@@ -216,6 +214,10 @@ class GRPOWork(Work):
             nothing=nothing if metrics.get("rewards/none") == of_all else "",
         )
         return state, own, report
+
+    def judge(self, texts: Sequence[str], records: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+        """`reward`, the weighted sum of the rewards that read texts, and each of several as `reward_<function>`."""
+        return self.rewards.of_answers(texts, records, self.method.reward_weights)
 
     # ------------------------------------------------------------ draw, reward
 

@@ -28,17 +28,9 @@ class RewardFailed(Exception):
     """What a reward function raised, in words: its own exception may not survive the way between processes."""
 
 
-def task_reward(
-    text: str,
-    record: Mapping[str, Any],
-    by_task: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({}),
-    **style: Any,
-) -> Any:
-    """The reward of the record's own task, with those options that it knows, and those of `by_task` that are its own."""
-    reward = tasks.get(record["task"]).reward
-    known = inspect.signature(reward).parameters
-    options = {name: value for name, value in style.items() if name in known}
-    return reward(text, record, **options, **by_task.get(record["task"], {}))
+def task_reward(text: str, record: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Any:
+    """The reward of the record's own task, with those options that it has."""
+    return tasks.of(record, options).reward(text, record)
 
 
 def named(function: str | Reward) -> str:
@@ -140,11 +132,11 @@ def _parts(value: Any, name: str, record: Mapping[str, Any]) -> tuple[float, dic
     return total, parts
 
 
-def call(name: str, style: dict[str, Any], text: str, record: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
+def call(name: str, options: dict[str, Any], text: str, record: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
     """(total, named parts) of one completion. InputError for a result that is no reward, RewardFailed for one that raised."""
     function = resolve(name)
     try:
-        value = function(text, record, **style) if name == "task" else function(text, record)
+        value = task_reward(text, record, options) if name == "task" else function(text, record)
     except InputError:
         raise
     except (Exception, SystemExit) as error:

@@ -43,17 +43,12 @@ def of_tokens(method: "GRPO") -> dict[str, OfTokens]:
     return {"soft_overlong": soft_overlong, "repetition": repetition}
 
 
-def of_method(method: "GRPO", style: Mapping[str, Any]) -> "Rewards":
+def of_method(method: "GRPO", task_options: Mapping[str, Any]) -> "Rewards":
     """The rewards of a run. InputError when a function does not import.
 
-    `style`: keyword arguments of the tasks' rewards besides the method's own; each gets those that it knows.
+    `task_options`: of the run's tasks, besides those that the method decides.
     """
-    options = {
-        **style,
-        "rules": method.reward_rules,
-        "matching": method.reward_matching,
-        "by_task": {"detection": {"weights": method.detection}},
-    }
+    options = {"rules": method.reward_rules, "matching": method.reward_matching, **task_options}
     return Rewards(
         method.reward_funcs,
         options,
@@ -96,14 +91,14 @@ class Rewards:
     def __init__(
         self,
         names: Sequence[str],
-        style: dict[str, Any],
+        options: dict[str, Any],
         *,
         of_tokens: Mapping[str, OfTokens] | None = None,
         processes: int | None = 0,
         timeout: float = 10.0,
         skip_errors: bool = False,
     ):
-        self.names, self._style, self._timeout, self._skip = tuple(names), style, timeout, skip_errors
+        self.names, self._options, self._timeout, self._skip = tuple(names), options, timeout, skip_errors
         self._of_tokens = {name: f for name, f in (of_tokens or {}).items() if name in self.names}
         self._of_text = [name for name in self.names if name not in self._of_tokens]
         for name in self._of_text:
@@ -137,10 +132,29 @@ class Rewards:
             table[:, self.names.index(name)] = function(tokens)
         return table, parts
 
+    def of_answers(
+        self, texts: Sequence[str], records: Sequence[Mapping[str, Any]], weights: Sequence[float] | None
+    ) -> list[dict[str, float]]:
+        """Figures of each answer in an evaluation: `reward`, the weighted sum of the rewards that apply, and each of several
+        as `reward_<function>`. Rewards that read tokens have none.
+        """
+        if not self._of_text:
+            return [{} for _ in texts]
+        table, _ = self(texts, records, tokens=[[0]] * len(texts))
+        columns = {name: self.names.index(name) for name in self._of_text}
+        scale = np.ones(len(self.names)) if weights is None else np.asarray(weights, np.float64)
+        figures: list[dict[str, float]] = []
+        for row in table:
+            known = {name: float(row[k]) for name, k in columns.items() if np.isfinite(row[k])}
+            total = {"reward": sum(scale[columns[name]] * value for name, value in known.items())} if known else {}
+            several = {f"reward_{name.rpartition(':')[2]}": value for name, value in known.items()}
+            figures.append(total | (several if len(columns) > 1 else {}))
+        return figures
+
     def _here(self, jobs, texts, records):
         for name, row in jobs:
             try:
-                yield reward_calls.call(name, self._style, texts[row], records[row])
+                yield reward_calls.call(name, self._options, texts[row], records[row])
             except InputError:
                 raise
             except reward_calls.RewardFailed as error:
@@ -176,7 +190,9 @@ class Rewards:
             with _apart_from_this_process():
                 ready = self._pool.map(reward_calls.warm, range(self._processes))
             list(ready)
-        return [self._pool.submit(reward_calls.call, name, self._style, texts[row], records[row]) for name, row in jobs]
+        return [
+            self._pool.submit(reward_calls.call, name, self._options, texts[row], records[row]) for name, row in jobs
+        ]
 
     def _missed(
         self, name: str, record: Mapping[str, Any], why: str, error: Exception

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxmllm.config import ModelConfig
+from jaxmllm.data.examples import Asking
 from jaxmllm.data.pipeline import batches
 from jaxmllm.errors import InputError
 from jaxmllm.machine import processes
@@ -29,7 +30,6 @@ from jaxmllm.methods.rcrn.loss import matching_losses
 from jaxmllm.methods.shapes import Program, Sizes, Traced, trained_products
 from jaxmllm.methods.update import Metrics, Update, apply_gradients
 from jaxmllm.model import qwen_vl
-from jaxmllm.tasks import relations
 from jaxmllm.types import Prompts, TrainState
 
 KEY = "rcrn"
@@ -235,19 +235,18 @@ class RCRN(Method):
         objective = self.objective(context.cfg)
         out = read_jit(params, context.update, objective, batch, shape, self.readout)
         host = processes.whole({name: out[name] for name in ("match_logit", "pred_box", "mrr_edge")})
-        style = {name: context.style[name] for name in ("style",) if name in context.style}
         return [
-            self.verdict(record, host["match_logit"][i], host["pred_box"][i], host["mrr_edge"][i], style)
+            self.verdict(record, host["match_logit"][i], host["pred_box"][i], host["mrr_edge"][i], context.evaluating)
             for i, record in enumerate(records)
         ]
 
-    def verdict(self, record: Record, logit: float, box: np.ndarray, edge: int, style: dict[str, Any]) -> str:
+    def verdict(self, record: Record, logit: float, box: np.ndarray, edge: int, asking: Asking) -> str:
         """One answer in the task's form."""
         scale = np.tile(np.divide(record["size"], record["resized"]), 2)
         width, height = record["size"]
         pixels = np.clip((box + [0, 0, 1, 1]) * scale, 0, [width, height, width, height])
         said = {**record, "match": bool(logit > 0), "box": pixels.tolist(), "foil_pos": int(edge)}
-        return relations.answer(said, **style)
+        return asking.task(record).gold(said)
 
     def batch(self, records: Sequence[Record], prompts: Prompts, context: Context) -> tuple[Batch, tuple[int, int]]:
         """A batch on the mesh and the shape of its largest picture. `prompts` may lie there already."""

@@ -4,7 +4,7 @@ A *statistic* maps counts [R, N] (R resamples of N records) to figures [R, K]; c
 value and its interval come from one function, and two runs over the same records are compared by the same resamples.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,3 +76,12 @@ def ratio(top: Float[np.ndarray, "N K"], bottom: Float[np.ndarray, "N K"]) -> St
             return (weights @ top) / (weights @ bottom)
 
     return statistic
+
+
+def by_unit(statistic: Statistic, units: Sequence[Hashable]) -> tuple[Statistic, int]:
+    """(a statistic of counts of units, how many units there are): the records of a unit are drawn together."""
+    places: dict[Hashable, int] = {}
+    owner = np.array([places.setdefault(unit, len(places)) for unit in units], np.int64)
+    if len(places) == len(units):
+        return statistic, len(units)
+    return lambda counts: statistic(counts[:, owner]), len(places)

@@ -23,8 +23,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from jaxmllm.errors import InputError
-from jaxmllm.eval.intervals import Statistic
-from jaxmllm.tasks.detection import COCO_IDS
+from jaxmllm.intervals import Statistic
+from jaxmllm.tasks.coco_ids import COCO_IDS
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # as COCOeval spells them
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
