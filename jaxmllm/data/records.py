@@ -26,7 +26,7 @@ _TAG = re.compile(r"(<image>|<video>)")
 # ---------------------------------------------------------------- chats
 
 
-def chat(row: Mapping[str, Any], root: Path) -> Record:
+def chat(row: Mapping[str, Any], root: Path, task: str | None = None) -> Record:
     """Hugging Face messages, or TRL's columns: {"messages", "images", "videos", and every other column as it is}.
 
     Conversation: `messages`, or `prompt` (a text or messages) followed by `completion` if there is one. Media: in the
@@ -55,7 +55,8 @@ def chat(row: Mapping[str, Any], root: Path) -> Record:
     rest = {key: value for key, value in row.items() if key not in used}
     images = [part["image"] for part in parts if part["type"] == "image"]
     videos = [part["video"] for part in parts if part["type"] == "video"]
-    return {**rest, "messages": messages, "images": images, **({"videos": videos} if videos else {})}
+    posed = {} if task is None else {"task": task}
+    return {**rest, **posed, "messages": messages, "images": images, **({"videos": videos} if videos else {})}
 
 
 def _turns(value: Any, role: str) -> list[Any]:
@@ -253,6 +254,7 @@ def _row_size(row: Mapping[str, Any]) -> list[int]:
 
 def own(row: Mapping[str, Any], root: Path, task: str | None = None) -> Record:
     """A record as the tasks define them, written as a row; `images` and `videos` are paths."""
-    name = choose(task or str(row.get("task")), tasks.names(), "task")
+    name = task or str(row.get("task"))
+    tasks.get(name)
     found = {kind + "s": [media(cell, root) for cell in _cells(row, kind)] for kind in ("image", "video")}
     return {**row, "task": name, "images": found["images"], **({"videos": found["videos"]} if found["videos"] else {})}

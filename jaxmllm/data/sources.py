@@ -6,7 +6,8 @@
 |                              | field of the world's spec that is no nested tuple)                                 |
 | `coco:FILE.json`             | COCO JSON (task=detection,counting,grounding categories=A,B crowd max_objects      |
 |                              | empty images order)                                                                |
-| `chat:FILE`                  | Hugging Face messages, or TRL's prompt / image(s) / solution (images)              |
+| `chat:FILE`                  | Hugging Face messages, or TRL's prompt / image(s) / solution (images; task: one of |
+|                              | `jaxmllm.tasks` or module:name, which reads, rewards and measures the answers)     |
 | `pr1:FILE`                   | Perception-R1's rows, or a YAML mixture of such files (task frame images seed)     |
 | `refcoco:PATH`               | RefCOCO, + and g: rows, a JSON release, or a folder prepared by TFDS               |
 |                              | (split dataset boxes images)                                                       |
@@ -40,6 +41,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from jaxmllm import tasks
 from jaxmllm.data import dialogues, records
 from jaxmllm.data.augment import Augmented
 from jaxmllm.data.coco import CocoSource, referring_rows
@@ -192,8 +194,10 @@ def _first_image(row: Mapping[str, Any], column: str) -> str | None:
     return None
 
 
-def open_chat(path: str, images: str | None = None) -> Source:
-    return _file(path, records.chat, "images", images)
+def open_chat(path: str, images: str | None = None, task: str | None = None) -> Source:
+    if task is not None:
+        tasks.get(task)
+    return _file(path, records.chat, "images", images, task=task)
 
 
 def open_pages(path: str, images: str | None = None) -> Source:

@@ -220,7 +220,10 @@ def _posed(source: Source, name: str, index: int, task: str | None, options: Map
     record = source[index]
     described = getattr(source, "where", None)
     where = described(index) if described else f"source {name!r}, record {index}"
-    named = task or record.get("task") or (tasks.CHAT if "messages" in record else None)
+    try:
+        named = task or tasks.name_of(record)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     posed: dict[str, Any] = {**record, "task": named}
     messages = record.get("messages")
     if messages and not {"text", "caption"} & record.keys():
@@ -235,7 +238,7 @@ def _posed(source: Source, name: str, index: int, task: str | None, options: Map
         raise InputError(f"{where}: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where}: does not suit the task {named} ({type(error).__name__}: {error})") from None
-    return _Item(name or str(named), str(record.get("id", index)), index, where, posed, own, question, target)
+    return _Item(name or named, str(record.get("id", index)), index, where, posed, own, question, target)
 
 
 class _NoTexts(InputError):

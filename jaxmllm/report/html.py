@@ -16,6 +16,7 @@ from jaxmllm.eval.measure import Change, Evaluation
 from jaxmllm.report import completions, curves, pictures, verdict
 from jaxmllm.report.markup import Html, details, join, tag
 from jaxmllm.runfiles import read_json, read_lines, replace_file
+from jaxmllm.tasks import answers
 
 SIDES = ("before", "after")
 
@@ -115,6 +116,11 @@ def _method(method: Any) -> Any:
     return method.get("name") if isinstance(method, Mapping) else method
 
 
+def _boxes(style: Any) -> str | None:
+    """How boxes are written, in words."""
+    return answers.STYLES[style].words if style in answers.STYLES else None
+
+
 def _facts(run: Path, config: Mapping[str, Any], info: Mapping[str, Any]) -> Html:
     """One line of what was run."""
     start = info["starts"][-1] if info.get("starts") else {}
@@ -126,6 +132,7 @@ def _facts(run: Path, config: Mapping[str, Any], info: Mapping[str, Any]) -> Htm
     facts = {
         "method": _method(config.get("method")),
         "model": config.get("model"),
+        "boxes": _boxes((config.get("data") or {}).get("style")),
         "seed": info.get("seed", config.get("seed")),
         "steps": f"{max(row['step'] for row in rows):,}" if rows else None,
         "training": _duration(max(times) - min(times)) if len(times) > 1 else None,

@@ -89,15 +89,25 @@ def _configured(name: str, options: tuple[tuple[str, Any], ...]) -> Task:
     return get(name).with_options(own)
 
 
+def name_of(record: Mapping[str, Any]) -> str:
+    """The name of a record's task. A conversation's is `chat` unless it names one: a column `task` may be anything there.
+
+    InputError for a record without a task.
+    """
+    name = record.get("task")
+    if "messages" in record and not (isinstance(name, str) and (name in TASKS or ":" in name)):
+        return CHAT
+    if not isinstance(name, str):
+        raise InputError(f"task: {name!r} is unknown; use one of {', '.join(TASKS)}, or give messages")
+    return name
+
+
 def of(record: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Task:
     """The task of a record, with those of the options that it has; `name.option` is for the task of that name alone.
 
     InputError for a record without a task, and for a task or a value that is unknown.
     """
-    name = record.get("task") or (CHAT if "messages" in record else None)
-    if not isinstance(name, str):
-        raise InputError(f"task: {name!r} is unknown; use one of {', '.join(TASKS)}, or give messages")
-    return _configured(name, tuple(sorted((options or {}).items())))
+    return _configured(name_of(record), tuple(sorted((options or {}).items())))
 
 
 def check_options(options: Mapping[str, Any], among: Iterable[str] = ()) -> None:

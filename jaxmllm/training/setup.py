@@ -182,6 +182,20 @@ def eval_asking(config: TrainConfig) -> Asking:
     return Asking(eval_options(config), system_turn(config, config.evaluation.system))
 
 
+def boxes_in_words(config: TrainConfig, source: Sized) -> str:
+    """How boxes are written, with the first gold answer that has one; "" where the first records have none."""
+    asking = asking_of(config)
+    for index in range(min(len(source), 8)):
+        try:
+            record = source[index]
+            if "box" in record or "boxes" in record or "points" in record:
+                gold = asking.answer(dict(record))
+                return f"boxes are {answers.STYLES[config.data.style].words}; a right answer: {gold[:200]!r}"
+        except (InputError, LookupError, TypeError, ValueError):
+            continue
+    return ""
+
+
 def open_mixture(config: TrainConfig) -> RecordSource:
     """The training sources as one, mixed by their weights."""
     specs = list(config.data.train)
@@ -203,6 +217,8 @@ def build(config: TrainConfig, opened: Opened | None = None) -> tuple[Context, T
                 f"--batch_size {-(-config.batch_size // parts) * parts}"
             )
     model = load_model(config, mesh)
+    if boxes := boxes_in_words(config, Sized(opened.mixture, model.processor.pixel_config)):
+        log.info("%s", boxes)
     params = grown(config, model.params, model.cfg)
     layout = layout_of(config, model.cfg, params, mesh, sample_mesh)
     state = first_state(config, layout, params)
