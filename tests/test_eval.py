@@ -344,14 +344,6 @@ def test_a_stopped_evaluation_goes_on_and_ends_the_same(tmp_path):
     assert evaluate(third, records, out_dir=out, n_resamples=50) == whole and nothing == []
 
 
-def test_a_larger_limit_asks_only_the_new_records(tmp_path):
-    records = grounding_records(9)
-    assert evaluate(gold, records, out_dir=tmp_path, limit=4, n_resamples=5).sources["grounding"].n == 4
-    generate, asked = failing(99)
-    assert evaluate(generate, records, out_dir=tmp_path, n_resamples=5).sources["grounding"].n == 9
-    assert asked == [r["id"] for r in records[4:]]
-
-
 def test_another_config_or_other_data_is_refused(tmp_path):
     records = grounding_records(4)
     evaluate(gold, records, out_dir=tmp_path, options={"style": "qwen2_5_vl"}, config={"model": "a"}, n_resamples=5)
@@ -480,12 +472,6 @@ def test_tables(tmp_path):
     console = Console(file=io.StringIO(), width=120)
     console.print(tables.terminal([["a", "b"], ["[red]evil[/red]", "▲ better"]]))
     assert "[red]evil[/red]" in console.file.getvalue()
-
-
-def test_options_go_to_the_tasks_that_have_them():
-    options = {"style": "qwen2_vl", "thinking": "true", "ocr.wording": "evaluation"}
-    assert tasks.of({"task": "ocr"}, options) == ocr.OCR(thinking=True, wording="evaluation")
-    assert tasks.of({"task": "grounding"}, options) == grounding.Grounding("qwen2_vl", True)
 
 
 @pytest.mark.skipif(not (SHARED / "data/bccd/val.json").exists(), reason="no real photographs here")

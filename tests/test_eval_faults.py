@@ -9,7 +9,7 @@ from jaxmllm.eval import measure
 from jaxmllm.eval.harness import evaluate
 from jaxmllm.runfiles import read_lines
 from jaxmllm.tasks import chat, counting, detection, grounding
-from tests.test_eval import counting_records, detection_records, gold, grounding_records
+from tests.test_eval import counting_records, detection_records, failing, gold, grounding_records
 
 
 def failing_on(*names):
@@ -131,3 +131,11 @@ def test_short_answers_are_the_same_but_for_form():
     assert task.reward("x", long) is None and "exact_match" not in task.row("x", long)
     assert task.reward("B", {"messages": ask, "solution": "b"}) == 1.0
     assert task.reward("B", {"messages": ask}) is None and task.row("two words", {"messages": ask}) == {"words": 2.0}
+
+
+def test_a_larger_limit_asks_only_the_new_records(tmp_path):
+    records = grounding_records(9)
+    assert evaluate(gold, records, out_dir=tmp_path, limit=4, n_resamples=5).sources["grounding"].n == 4
+    generate, asked = failing(99)
+    assert evaluate(generate, records, out_dir=tmp_path, n_resamples=5).sources["grounding"].n == 9
+    assert asked == [r["id"] for r in records[4:]]

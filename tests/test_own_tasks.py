@@ -13,6 +13,7 @@ from jaxmllm.errors import InputError
 from jaxmllm.eval import measure
 from jaxmllm.methods import GRPO
 from jaxmllm.runfiles import read_lines
+from jaxmllm.tasks import grounding, ocr
 from jaxmllm.training.config import DataConfig
 from jaxmllm.training.loop import train
 from tests.support import training
@@ -133,3 +134,9 @@ def test_what_a_task_of_another_package_lacks_is_said_at_once(coins, tmp_path):
         with pytest.raises(InputError, match=f"data.task_options: .*{message}"):
             training.config(tmp_path, data=DataConfig(task_options=options)).validate()
     sys.modules.pop("odd", None)
+
+
+def test_options_go_to_the_tasks_that_have_them():
+    options = {"style": "qwen2_vl", "thinking": "true", "ocr.wording": "evaluation"}
+    assert tasks.of({"task": "ocr"}, options) == ocr.OCR(thinking=True, wording="evaluation")
+    assert tasks.of({"task": "grounding"}, options) == grounding.Grounding("qwen2_vl", True)

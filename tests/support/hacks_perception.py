@@ -142,13 +142,13 @@ LOOSER = (20, 45, 20)  # all of them just over it
 FEW_TRICK = {"surest object only": "Weights(penalty=True): every miss costs"}
 
 HACKS = [
-    *(grounding_hack(f"corrected, {style}", style) for style in answers.STYLES),
+    *(grounding_hack(f"corrected, {style}", style) for style in ("qwen2_vl", "qwen2_5_vl")),
     grounding_hack("released", "qwen2_vl", rules="released"),
-    *(counting_hack(f"corrected, {style}", style) for style in answers.STYLES),
+    *(counting_hack(f"corrected, {style}", style) for style in ("qwen2_vl", "qwen2_5_vl")),
     counting_hack("corrected, two birds missed", "qwen2_vl", missed=2, known=CENTRE_TRICK),
     counting_hack("corrected, two birds missed, reach 300", "qwen2_vl", missed=2, reach=300),
     counting_hack("released", "qwen2_vl", rules="released"),
-    *(detection_hack(f"corrected, {style}", style) for style in answers.STYLES),
+    *(detection_hack(f"corrected, {style}", style) for style in ("qwen2_vl", "qwen2_5_vl")),
     detection_hack("corrected, two loose boxes", slack=LOOSE),
     detection_hack("corrected, two loose boxes, penalty", slack=LOOSE, weights=detection.Weights(penalty=True)),
     detection_hack("released", rules="released"),
