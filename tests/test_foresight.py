@@ -189,14 +189,25 @@ def test_measures_and_baselines():
     ious = [float(box_iou(gt[1], gt[t])) for t in range(2, 6)]
     assert got["static_ao"] == pytest.approx(np.mean(ious))
     assert got["static_ade"] == pytest.approx(25 * 2.5) and got["static_fde"] == pytest.approx(100)
-    assert foresight.Foresight().metric(["", ""], [record, STILL | {"query": {"kind": "rec"}}])["ao"] == 0
+    assert got["coverage"] == got["hold_coverage"] == 1 and got["hold_ade"] == pytest.approx(
+        1.5 * 25
+    )  # of the last two
+    silent = foresight.Foresight().metric(["", ""], [record, STILL | {"query": {"kind": "rec"}}])
+    assert silent["ao"] == silent["coverage"] == 0 and silent["static_ade"] == got["static_ade"]
+    assert silent["ade"] == silent["fde"] == pytest.approx(1000 * math.sqrt(2))  # silence is not worth a still box
+    half = foresight.answer(record).split(";Frame4")[0] + "</Id1>"
+    assert foresight.Foresight().metric([half], [record])["coverage"] == 0.5
+    inverted = foresight.answer(record).replace("Frame5:[", "Frame5:[999,")
+    assert foresight.Foresight().metric([inverted], [record])["coverage"] == 0.75
     assert foresight.Foresight().metric([], []) == {}
 
 
 def test_prompts_that_copying_solves_are_dropped():
-    assert foresight.keep_prompt(query(kind="tracking", ids=[5]))
-    assert not foresight.keep_prompt(query(kind="tracking", ids=[2]))  # it does not move
-    assert not foresight.keep_prompt(query(kind="video_reg", ids=[9], text="It is sitting."))
+    still = clip() | {"tracks": [track for track in clip()["tracks"] if track["id"] == 2]}  # it does not move
+    assert foresight_records.make_query(still, np.random.default_rng(0), ["tracking"], max_static=0.85) is None
+    for seed in range(20):
+        drawn = foresight_records.make_query(clip(), np.random.default_rng(seed), max_static=0.85)
+        assert drawn["query"]["kind"] == "video_reg" or foresight.static_reward(drawn) <= 0.85
     static = foresight.static_reward(query(kind="tracking", ids=[9]))
     gt = foresight.ground_truth(query(kind="tracking", ids=[9]))[1]
     iou = np.mean([float(box_iou(gt[1], gt[t])) for t in (2, 3)])
@@ -245,7 +256,7 @@ def test_drawn_queries_have_gold_answers_that_earn_everything(kind):
     rng = np.random.default_rng(1)
     seen = set()
     for _ in range(40):
-        record = foresight_records.make_query(clip(), rng, kind)
+        record = foresight_records.make_query(clip(), rng, [kind])
         text = foresight.answer(record)
         assert foresight.prompt(record).count("<image>") == 3 and record["task"] == "foresight"
         got = foresight.reward(text, record)
@@ -259,7 +270,7 @@ def test_drawn_queries_have_gold_answers_that_earn_everything(kind):
 
 def test_queries_with_horizon_and_negatives():
     rng = np.random.default_rng(0)
-    record = foresight_records.make_query(clip(), rng, "tracking", horizon=2)
+    record = foresight_records.make_query(clip(), rng, ["tracking"], horizon=2)
     assert all(sorted(frames) == [1, 2, 3, 4, 5] for frames in foresight.ground_truth(record).values())
     with pytest.raises(ValueError, match="horizon 3"):
         foresight_records.make_query(clip(), rng, horizon=3)

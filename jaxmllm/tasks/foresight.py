@@ -25,6 +25,7 @@ All may hold `wording` (which carrier sentence), `horizon` (frames after the sho
 well) and `absent` (something that is not there; the answer says so). `foresight_records.make_query` draws queries.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,14 @@ from jaxmllm.geometry import Boxes
 from jaxmllm.tasks import trajectories
 from jaxmllm.tasks.answers import MAX_CHARS, choose
 from jaxmllm.tasks.task import Record, Reward, Row, Task
-from jaxmllm.tasks.trajectories import format_box, quantize_box, trajectory_reward, write_frames, write_trajectories
+from jaxmllm.tasks.trajectories import (
+    box_in_range,
+    format_box,
+    quantize_box,
+    trajectory_reward,
+    write_frames,
+    write_trajectories,
+)
 
 COORD_SPACES = {"norm1000": "norm1000", "abs": "resized"}  # name -> frame of geometry.Boxes
 
@@ -192,9 +200,9 @@ def _ask(record: Mapping[str, Any], coord_space: str) -> str:
         return f"describe the object at {_box(record, record['box'], coord_space)}"
     if kind == "reasoning":
         return fill_boxes(query["question"], record, coord_space)
-    if absent:
-        return f"give the path of {absent}" if kind != "tracking" else f"track {absent}"
     until = f", up to Frame{shown_frames(record) + query['horizon']}" if query.get("horizon") else ""
+    if absent:
+        return f"{'track' if kind == 'tracking' else 'give the path of'} {absent}{until}"
     if kind == "video_reg":
         return f"say what {_start(record, coord_space, shown_frames(record))} is doing"
     if kind in ("referring", "generic") and "cue" in query:
@@ -205,7 +213,11 @@ def _ask(record: Mapping[str, Any], coord_space: str) -> str:
     if kind == "generic":
         return f"give the path of the subject {start}{until}"
     options = "".join(f" {chr(65 + n)}. {text}" for n, text in enumerate(query.get("choices", ())))
-    return query["question"].replace("{subject}", start) + until + (f" Options:{options}" if options else "")
+    return (
+        query["question"].replace("{subject}", query.get("cue") or start)
+        + until
+        + (f" Options:{options}" if options else "")
+    )
 
 
 def prompt(record: Mapping[str, Any], coord_space: str = "norm1000", precise: bool = True) -> str:
@@ -269,7 +281,7 @@ def answer(record: Mapping[str, Any], coord_space: str = "norm1000", trajectory:
     query = record["query"]
     kind = query["kind"]
     if query.get("absent"):
-        return ABSENT.format(absent=query["absent"])
+        return ABSENT.format(absent=query["absent"].removeprefix("the "))
     if kind == "detection":
         found: dict[str, list[list[int]]] = {}
         for label, box in zip(record["labels"], record["boxes"], strict=True):
@@ -392,13 +404,6 @@ def static_reward(record: Mapping[str, Any], coord_space: str = "norm1000") -> f
     return trajectory_reward(text, gt, _first_given(record), _extent(record, coord_space))["reward"]
 
 
-def keep_prompt(record: Mapping[str, Any], max_static: float = 0.85) -> bool:
-    """Whether a record can teach motion by reward: copying the first box does not already earn `max_static`."""
-    if reward("", record) is None:
-        return False
-    return bool(record["query"].get("absent")) or static_reward(record) <= max_static
-
-
 @dataclass(frozen=True)
 class Foresight(Task):
     """Trajectories as text, seen and still to come (Merlin)."""
@@ -408,7 +413,7 @@ class Foresight(Task):
     trajectory: bool = True
 
     figures = {
-        **dict.fromkeys(("static_*", "velocity_*"), "neutral"),
+        **dict.fromkeys(("static_*", "hold_*", "velocity_*"), "neutral"),
         **dict.fromkeys(("ade", "fde", "future_ade", "future_fde"), "lower"),
         "*": "higher",
     }
@@ -429,10 +434,11 @@ class Foresight(Task):
     def row(self, text: str, record: Record) -> Row:
         """Tracking measures over the frames after the first, pooled over the record's frames.
 
-        `ao`, `sr50`, `sr75`; `ade`, `fde` in units of the grid (a missing frame repeats the last box); `reward` and its
-        parts. Two baselines stand beside them: `static_*`, the first box copied, and `velocity_*`, the last two known
-        boxes (of the shown frames; of the first two without a horizon) continued at constant speed, on the frames after
-        those; `future_*` is the answer on the frames of the horizon alone. Kinds without trajectories have none.
+        `ao`, `sr50`, `sr75`; `ade`, `fde` in units of the grid, where a missing frame costs the grid's diagonal; `coverage`,
+        the share of frames with a valid box; `reward` and its parts. Three baselines stand beside them, each on the same
+        frames as its figure: `static_*`, the first box copied, beside the plain names; `hold_*`, the last known box kept,
+        and `velocity_*`, the last two known boxes continued at constant speed, beside `future_*`, the answer on the frames
+        after the known ones (the horizon's; all but the first two without one). Kinds without trajectories have none.
         """
         if record["query"]["kind"] not in TRACKED:
             return {}
@@ -450,32 +456,43 @@ def _tracking(text: str, record: Mapping[str, Any], coord_space: str) -> dict[st
         _extent(record, coord_space),
         "id" if _first_given(record) else "hungarian",
     )
-    pred = {i: block["frames"] for i, block in pairs.items()}
+    extent = _extent(record, coord_space)
+    pred = {i: {t: b for t, b in block["frames"].items() if box_in_range(b, extent)} for i, block in pairs.items()}
     known = shown_frames(record) if horizon else 2
     seen = {i: {t: box for t, box in true.items() if t <= known} for i, true in gt.items()}
     # Of the known frames only the last stays: it is the one that the measures leave out.
     later = {i: {t: box for t, box in true.items() if t >= max(seen[i])} for i, true in gt.items() if seen[i]}
     moved = {i: trajectories.constant_velocity(seen[i], list(true)) for i, true in later.items()}
-    scores = (
-        _scores(pred, gt) | _scores(trajectories.static_copy(gt), gt, "static_") | _scores(moved, later, "velocity_")
-    )
-    return scores | (_scores(pred, later, "future_") if horizon else {})
+    rows = {
+        "": (pred, gt),
+        "static_": (trajectories.static_copy(gt), gt),
+        "future_": (pred, later),
+        "hold_": (trajectories.static_copy(later), later),
+        "velocity_": (moved, later),
+    }
+    return {
+        prefix + name: value
+        for prefix, (boxes, true) in rows.items()
+        for name, value in _scores(boxes, true, math.hypot(*extent)).items()
+    }
 
 
-def _scores(pred: Mapping[int, Any], gt: Mapping[int, Any], prefix: str = "") -> dict[str, float]:
-    """Measures pooled over identities and frames, empty without a frame to score."""
+def _scores(pred: Mapping[int, Any], gt: Mapping[int, Any], cost: float) -> dict[str, float]:
+    """Measures pooled over identities and frames, empty without a frame to score; a missing frame's distance is `cost`."""
     ious = [iou for i, true in gt.items() for iou in trajectories.tracking_ao(pred.get(i, {}), true)["ious"]]
     if not ious:
         return {}
-    moves = [trajectories.ade_fde(pred.get(i, {}), true) for i, true in gt.items() if len(true) > 1]
+    moves = [trajectories.ade_fde(pred.get(i, {}), true, "max", cost) for i, true in gt.items() if len(true) > 1]
+    there = [t in pred.get(i, {}) for i, true in gt.items() for t in sorted(true)[1:]]
     scores = {
         "ao": np.mean(ious),
         "sr50": np.mean(np.array(ious) > 0.5),
         "sr75": np.mean(np.array(ious) > 0.75),
         "ade": np.mean([d for move in moves for d in move["distances"]]),
         "fde": np.mean([m["fde"] for m in moves]),
+        "coverage": np.mean(there),
     }
-    return {prefix + name: float(value) for name, value in scores.items()}
+    return {name: float(value) for name, value in scores.items()}
 
 
 PARSERS = {

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from jaxmllm.geometry import box_area, box_center, box_intersection
+from jaxmllm.tasks import foresight
 from jaxmllm.tasks.answers import choose
+from jaxmllm.tasks.track_rewards import fits
 from jaxmllm.tasks.trajectories import int_keys
 
 CLIP_LENGTHS = {2: 0.25, 3: 0.25, 4: 0.25, 5: 0.25}  # frames of a clip -> probability
@@ -110,16 +112,23 @@ def detection_record(record: Mapping[str, Any], rng: np.random.Generator, every:
 def make_query(
     record: Mapping[str, Any],
     rng: np.random.Generator,
-    kind: str | None = None,
+    kinds: Sequence[str] = (),
     horizon: int = 0,
     absent: str | None = None,
     max_tracks: int = 4,
+    max_static: float = 1.0,
 ) -> dict[str, Any] | None:
     """A foresight record for one random query of a clip; None if the clip allows none of the kinds.
 
-    The subject is shown by an observation drawn from those it has: location, appearance or action. `kind` forces one of
-    `KINDS`. `horizon` asks for that many frames after the shown ones; chats with a multiple-choice question need later
-    frames of the subject. `absent` makes a negative of a tracking or referring question.
+    The subject is shown by an observation drawn from those it has: location, appearance or action. A phrase that shows it
+    fits no other track of the clip.
+
+    Args:
+        kinds: of `KINDS`, one of which is drawn; empty: all.
+        horizon: frames after the shown ones that the answer must cover; chats with a multiple-choice question need later
+            frames of the subject.
+        absent: a phrase that fits nothing in the clip, in the words of `cues_of`: asked for as if it were there.
+        max_static: a query that copying the first box already answers so well (`foresight.static_reward`) is not drawn.
 
     Raises:
         ValueError: unknown kind, an annotation that is no box, or a horizon that the tracks do not reach.
@@ -131,16 +140,32 @@ def make_query(
     tracks = clean_tracks(record, shown + horizon)
     query: dict[str, Any] = {"wording": int(rng.integers(1 << 16))} | ({"horizon": horizon} if horizon else {})
     out = {**record, "task": "foresight", "query": query}
+    names = [choose(kind, KINDS, "kind") for kind in kinds] or list(KINDS)
     if absent:
-        query |= {"kind": "referring" if kind is None else kind, "ids": [], "absent": absent}
+        asked = [kind for kind in names if kind in ("referring", "generic")] or ["referring"]
+        query |= {"kind": asked[rng.integers(len(asked))], "ids": [], "absent": absent}
         return out
-    kinds = list(KINDS) if kind is None else [choose(kind, KINDS, "kind")]
-    for name in rng.permutation(kinds).tolist():
+    for name in rng.permutation(names).tolist():
         drawn = _draw(name, tracks, record, shown, rng, max_tracks)
-        if drawn is not None:
-            query |= {"kind": name} | drawn
-            return out
+        if drawn is None:
+            continue
+        found = {**out, "query": {**query, "kind": name, **drawn}}
+        if max_static >= 1 or name not in foresight.TRACKED or foresight.static_reward(found) <= max_static:
+            return found
     return None
+
+
+def cues_of(track: Mapping[str, Any], shown: int) -> dict[str, str]:
+    """Phrases that show a track, by observation: what it looks like, and what it does in the first frames."""
+    cues = {"appearance": [f"the {c}" for c in (track.get("appearance") or ())[:1]]}
+    cues["action"] = [f"the {track['names'][-1]} {c}" for c in _actions(track, 1, shown)[:1]]
+    return {name: found[0] for name, found in cues.items() if found}
+
+
+def phrases_of(track: Mapping[str, Any], shown: int) -> list[str]:
+    """All that is said of a track in the frames shown: a cue that fits one of these fits the track."""
+    looks = [*track["names"], *(track.get("appearance") or ())]
+    return [*looks, *(f"{look} {action}" for look in looks for action in _actions(track, 1, shown))]
 
 
 def _draw(kind, tracks, record, shown, rng, max_tracks) -> dict[str, Any] | None:
@@ -149,28 +174,26 @@ def _draw(kind, tracks, record, shown, rng, max_tracks) -> dict[str, Any] | None
     order = [tracks[i] for i in rng.permutation(len(tracks))]
     if kind == "tracking":
         return {"ids": [track["id"] for track in order[: int(rng.integers(1, max_tracks + 1))]]}
+
+    def cues(track):
+        others = [other for other in record["tracks"] if other["id"] != track["id"]]
+        said = [phrase for other in others for phrase in phrases_of(other, shown)]
+        return {name: cue for name, cue in cues_of(track, shown).items() if not fits(cue, said)}
+
     if kind == "chat":
         futures = ((track, future_of(track, record["tracks"], shown)) for track in order)
-        return next((future_query(t, f, rng) for t, f in futures if f is not None), None)
+        return next((future_query(t, f, rng, cues(t).get("appearance")) for t, f in futures if f is not None), None)
     for track in order:
-        cues = {"appearance": (track.get("appearance") or [])[:1], "action": _actions(track, 1, shown)[:1]}
-        others = [other for other in record["tracks"] if other["id"] != track["id"]]
-        taken = {c for other in others for c in (*(other.get("appearance") or ()), *_actions(other, 1, shown))}
-        cues = {
-            name: f"the {track['names'][-1]} {c}" if name == "action" else f"the {c}"
-            for name, found in cues.items()
-            for c in found
-            if c not in taken
-        }
         if kind == "video_reg":
             action = _actions(track, 1, shown)
             if action:
                 return {"ids": [track["id"]], "text": f"It is {' and then '.join(dict.fromkeys(action))}."}
             continue
-        observations = [name for name in OBSERVATIONS if name in cues or (name == "location" and kind == "generic")]
+        known = cues(track)
+        observations = [name for name in OBSERVATIONS if name in known or (name == "location" and kind == "generic")]
         if observations:
             chosen = observations[rng.integers(len(observations))]
-            return {"ids": [track["id"]], "observation": chosen} | ({"cue": cues[chosen]} if chosen in cues else {})
+            return {"ids": [track["id"]], "observation": chosen} | ({"cue": known[chosen]} if chosen in known else {})
     return None
 
 
@@ -232,26 +255,31 @@ def future_of(track: Mapping[str, Any], tracks: Sequence[Mapping[str, Any]], sho
     return found
 
 
-def future_query(track: Mapping[str, Any], future: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-    """The fields of a chat query; half of the time a multiple-choice question about the displacement (four options)."""
+def future_query(
+    track: Mapping[str, Any], future: Mapping[str, Any], rng: np.random.Generator, cue: str | None = None
+) -> dict[str, Any]:
+    """The fields of a chat query; half of the time a multiple-choice question about the displacement (four options).
+
+    The question alone must not tell the answer: the options are the four directions of the true one's kind, straight or
+    diagonal, at one speed, and the subject is named by its look (`cue`), since a place near the border gives the direction
+    away. So a subject without a cue of its own, or one that stays, is asked about in free words.
+    """
     question = QUESTIONS[rng.integers(len(QUESTIONS))]
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 or cue is None or future["direction"] == MOVES[0, 0]:
         return {
             "ids": [track["id"], *future["ids"]],
             "motions": dict(future["motions"]),
             "future": future["future"],
             "question": question,
         }
-    still = MOVES[0, 0]
-    others = [move for move in MOVES.values() if move != future["direction"]]
-    wrong = [others[i] for i in rng.permutation(len(others))[:3]]
-    speed = future["speed"] or SPEEDS[1][1]
-    options = [move if move == still else move + speed for move in (future["direction"], *wrong)]
+    turns = {move: sum(map(abs, step)) for step, move in MOVES.items()}  # 1: straight, 2: diagonal
+    options = [move for move, n in turns.items() if n == turns[future["direction"]]]
     order = rng.permutation(4).tolist()
     return {
         "ids": [track["id"]],
-        "future": options[0],
+        "cue": cue,
+        "future": future["direction"] + future["speed"],
         "question": question,
-        "choices": [options[i] for i in order],
-        "correct": chr(65 + order.index(0)),
+        "choices": [options[i] + future["speed"] for i in order],
+        "correct": chr(65 + order.index(options.index(future["direction"]))),
     }

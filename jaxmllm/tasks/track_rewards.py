@@ -303,6 +303,11 @@ def tokens(text: str) -> Counter[str]:
     return Counter(w for w in words if w not in ("a", "an", "the"))
 
 
+def fits(cue: str, phrases: Sequence[str]) -> bool:
+    """Whether a phrase says all that the cue says: "red fox" fits the cue "the fox"."""
+    return any(tokens(cue) <= tokens(phrase) for phrase in phrases)
+
+
 def attribute_reward(p: str, golds: str | Sequence[str]) -> float:
     """Best token F1 (words counted as a multiset) of the phrase with any gold phrase; case, articles, signs dropped."""
     golds = [golds] if isinstance(golds, str) else golds

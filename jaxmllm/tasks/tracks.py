@@ -49,11 +49,11 @@ QUERIES: dict[str, tuple[str, ...]] = {
         "Who is {cue}? Report the whole path.",
     ),
     "trajectory": (
-        "A subject moves along {cue}. Who is it, what does it look like, and what does it do afterwards? Go on to the end.",
-        "Given the beginning {cue}, name and describe the subject, say what it does next and give its whole trajectory.",
-        "The trajectory begins {cue}. Say which subject this is, how it looks, what it goes on to do, and where it moves.",
-        "Which subject starts along {cue}? Describe it and its later action, and trace it through all frames.",
-        "Look along {cue}: name what moves there, its appearance and what it does then. Complete its trajectory.",
+        "A subject moves along {cue}. Who is it, what does it look like, and where does it go on to?",
+        "Given the beginning {cue}, name and describe the subject and give its whole trajectory.",
+        "The trajectory begins {cue}. Say which subject this is, how it looks, and where it moves until the end.",
+        "Which subject starts along {cue}? Describe it and trace it through all frames.",
+        "Look along {cue}: name what moves there and its appearance. Complete its trajectory.",
     ),
     "category": (
         "Trace every {cue} in the clip.",
@@ -74,7 +74,7 @@ _ASKED = {
     "box": ("action",),  # where it is then follows from the box
     "phrase": ("action",),
     "event": (),
-    "trajectory": ("appearance", "action"),
+    "trajectory": ("appearance",),  # what it does follows from the path
     "category": (),
 }
 
@@ -144,10 +144,16 @@ def _candidates(record: Mapping[str, Any], kind: str, max_tracks: int) -> list[d
         if kind == "box":
             found += [{**one, "frame": t} for t in frames if not any(_same_box(track, other, t) for other in others)]
         elif kind == "phrase":
-            found += [{**one, "cue": cue} for cue in _looks(track) if not any(fits(cue, _looks(o)) for o in others)]
+            found += [
+                {**one, "cue": cue}
+                for cue in _looks(track)
+                if not any(track_rewards.fits(cue, _looks(o)) for o in others)
+            ]
         elif kind == "event":
             cues = dict.fromkeys(_texts(track, "action"))
-            found += [{**one, "cue": c} for c in cues if not any(fits(c, _texts(o, "action")) for o in others)]
+            found += [
+                {**one, "cue": c} for c in cues if not any(track_rewards.fits(c, _texts(o, "action")) for o in others)
+            ]
             span = [frames[0], frames[-1]]
             if span != [1, total] and not any(span == _span(other) for other in others):
                 found.append({**one, "span": span})
@@ -168,11 +174,6 @@ def _span(track: Mapping[str, Any]) -> list[int]:
 def _same_box(track: Mapping[str, Any], other: Mapping[str, Any], frame: int) -> bool:
     mine, theirs = (track_rewards.by_frame(t["boxes"]).get(frame) for t in (track, other))
     return theirs is not None and float(box_iou(mine, theirs)) > SAME
-
-
-def fits(cue: str, phrases: Sequence[str]) -> bool:
-    """Whether a phrase says all that the cue says: "red fox" fits the cue "fox"."""
-    return any(track_rewards.tokens(cue) <= track_rewards.tokens(phrase) for phrase in phrases)
 
 
 def make_query(
@@ -242,9 +243,7 @@ def _golds(record: Mapping[str, Any]) -> dict[str, Any]:
     if not asked:
         return {}
     track = _targets(record)[0]
-    # of a trajectory's beginning the prompt tells all that is done in it
-    frame = max(map(int, track["boxes"])) if query["kind"] == "trajectory" else query.get("frame")
-    golds = {"appearance": list(track.get("appearance") or ()), "action": _texts(track, "action", frame)}
+    golds = {"appearance": list(track.get("appearance") or ()), "action": _texts(track, "action", query.get("frame"))}
     return {key: golds[key] for key in asked if golds[key]}
 
 

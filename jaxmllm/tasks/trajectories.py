@@ -237,10 +237,11 @@ def tracking_ao(pred: Frames, gt: Frames) -> dict[str, Any]:
     }
 
 
-def ade_fde(pred: Frames, gt: Frames, missing: str = "hold") -> dict[str, Any]:
+def ade_fde(pred: Frames, gt: Frames, missing: str = "hold", cost: float = MISSING_COST) -> dict[str, Any]:
     """`distances` of centres on the frames of `gt` but the smallest, in the unit of the boxes, mean `ade`, last `fde`.
 
-    A missing frame repeats the last predicted box, at first the true first box ("hold"), or costs 1000 sqrt(2) ("max").
+    A missing frame repeats the last predicted box, at first the true first box ("hold"), or costs `cost` ("max"): silence
+    must not be worth as much as holding still. The default is the diagonal of the 0..1000 grid.
     NaN without a frame to score.
     """
     choose(missing, ("hold", "max"), "missing")
@@ -249,8 +250,8 @@ def ade_fde(pred: Frames, gt: Frames, missing: str = "hold") -> dict[str, Any]:
     last, distances = gt[first], []
     for t in rest:
         last = pred.get(t, last)
-        cost = t not in pred and missing == "max"
-        distances.append(MISSING_COST if cost else float(center_error(last, gt[t])))
+        absent = t not in pred and missing == "max"
+        distances.append(cost if absent else float(center_error(last, gt[t])))
     mean, final = (float(np.mean(distances)), distances[-1]) if rest else (math.nan, math.nan)
     return {"distances": distances, "ade": mean, "fde": final}
 

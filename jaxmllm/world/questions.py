@@ -12,7 +12,8 @@ from jaxmllm.errors import InputError
 from jaxmllm.tasks import foresight_records, relation_graphs
 from jaxmllm.tasks import tracks as task_tracks
 from jaxmllm.tasks.relation_graphs import Graph, Oracle, relation_record
-from jaxmllm.world.clips import Clip
+from jaxmllm.tasks.track_rewards import fits
+from jaxmllm.world.clips import Clip, make_clip
 from jaxmllm.world.expressions import NEAR, Referring, spoken
 from jaxmllm.world.pages import Page
 from jaxmllm.world.scenes import ATTRIBUTES, Scene, SceneObject, SceneSpec, phrase
@@ -273,10 +274,25 @@ def _foresight_query(clip: Clip, record: Record, stream: Stream) -> Record | Non
     record = record | clip_fields(clip)
     last = max(int(t) for track in record["tracks"] for t in track["boxes"])
     horizon = stream.choice((0, max(0, last - clip.spec.frames)))
-    absent = None
-    if stream.chance(foresight_records.NEGATIVE_SHARE):
-        absent = absent_name(clip.spec.scene, [mover.thing for mover in clip.movers], stream)
-    return foresight_records.make_query(record, stream.generator(), horizon=horizon, absent=absent)
+    absent = _absent_cue(clip, record, stream) if stream.chance(foresight_records.NEGATIVE_SHARE) else None
+    return foresight_records.make_query(
+        record, stream.generator(), _kinds(clip, "foresight"), horizon, absent, max_static=clip.spec.max_static
+    )
+
+
+def _absent_cue(clip: Clip, record: Record, stream: Stream) -> str | None:
+    """A cue that fits nothing in the clip. It is drawn from another clip as cues for what is there are, so that the words
+    of a question do not tell whether its subject exists.
+    """
+    said = [p for track in record["tracks"] for p in foresight_records.phrases_of(track, clip.spec.frames)]
+    seed, split, _ = clip.address
+    for _ in range(8):
+        other = make_clip(clip.spec, seed, split, stream.integer(0, 2**32 - 1))
+        fields = {"size": list(other.size)} | clip_fields(other)
+        drawn = foresight_records.make_query(fields, stream.generator(), ["referring"])
+        if drawn is not None and not fits(drawn["query"]["cue"], said):
+            return drawn["query"]["cue"]
+    return None
 
 
 def _asked(query: Record | None, record: Record) -> Record:

@@ -60,7 +60,7 @@ HACKS = [
     Hack("foresight, small gap", partial(foresight.reward, record=CREEP),
          path({t: [b[0] + 12, b[1] - 10, b[2] + 12, b[3] - 10] for t, b in SLOW.items()}),
          {"empty answer": "", "copy of the query box": path(every(SLOW[1]))},
-         {"copy of the query box": "foresight.keep_prompt drops records whose static copy earns over 0.85"}),
+         {"copy of the query box": "make_query(max_static=.85) draws no query whose static copy earns more"}),
     Hack("foresight, absent subject", partial(foresight.reward, record=ABSENT),
          "There is no red bus in the given frames.",
          {"empty answer": "", "some trajectory": path(PATH), "denial and a trajectory": f"There is no red bus. {path(PATH)}",
