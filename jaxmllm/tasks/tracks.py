@@ -367,6 +367,7 @@ class Tracks(Task):
     style: answers.StyleName = "qwen2_5_vl"
     form: Literal["answer", "plain"] = "answer"
     thinking: bool = False
+    rules: Literal["released", "corrected"] = "corrected"
 
     figures = {"static_*": "neutral", "*": "higher"}
     primary = ("reward", "traj")
@@ -378,13 +379,13 @@ class Tracks(Task):
         return answer(record, self.style, self.form, self.thinking)
 
     def reward(self, text: str, record: Record) -> Reward:
-        return reward(text, record, self.style)
+        return reward(text, record, self.style, rules=self.rules)
 
     def row(self, text: str, record: Record) -> Row:
         """The reward and its parts where the record has them, and `static_traj`: the trajectory IoU, before any lift, of
         the best guess from the prompt and one frame (`unwatched`).
         """
-        scored = reward(text, record, self.style)
+        scored = reward(text, record, self.style, rules=self.rules)
         return {**scored, "static_traj": _static(ground_truth(record, self.style))} if scored else {}
 
 
