@@ -473,26 +473,8 @@ def _tracking(text: str, record: Mapping[str, Any], coord_space: str) -> dict[st
     return {
         prefix + name: value
         for prefix, (boxes, true) in rows.items()
-        for name, value in _scores(boxes, true, math.hypot(*extent)).items()
+        for name, value in trajectories.trajectory_scores(boxes, true, math.hypot(*extent)).items()
     }
-
-
-def _scores(pred: Mapping[int, Any], gt: Mapping[int, Any], cost: float) -> dict[str, float]:
-    """Measures pooled over identities and frames, empty without a frame to score; a missing frame's distance is `cost`."""
-    ious = [iou for i, true in gt.items() for iou in trajectories.tracking_ao(pred.get(i, {}), true)["ious"]]
-    if not ious:
-        return {}
-    moves = [trajectories.ade_fde(pred.get(i, {}), true, "max", cost) for i, true in gt.items() if len(true) > 1]
-    there = [t in pred.get(i, {}) for i, true in gt.items() for t in sorted(true)[1:]]
-    scores = {
-        "ao": np.mean(ious),
-        "sr50": np.mean(np.array(ious) > 0.5),
-        "sr75": np.mean(np.array(ious) > 0.75),
-        "ade": np.mean([d for move in moves for d in move["distances"]]),
-        "fde": np.mean([m["fde"] for m in moves]),
-        "coverage": np.mean(there),
-    }
-    return {name: float(value) for name, value in scores.items()}
 
 
 PARSERS = {

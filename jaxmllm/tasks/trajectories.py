@@ -256,6 +256,26 @@ def ade_fde(pred: Frames, gt: Frames, missing: str = "hold", cost: float = MISSI
     return {"distances": distances, "ade": mean, "fde": final}
 
 
+def trajectory_scores(pred: Mapping[int, Any], gt: Mapping[int, Any], cost: float = MISSING_COST) -> dict[str, float]:
+    """`ao`, `sr50`, `sr75`, `ade`, `fde` and `coverage` (the share of frames that have a box), pooled over identities and all
+    their frames but the first; empty without a frame to score. A missing frame has IoU 0 and the distance `cost`.
+    """
+    ious = [iou for i, true in gt.items() for iou in tracking_ao(pred.get(i, {}), true)["ious"]]
+    if not ious:
+        return {}
+    moves = [ade_fde(pred.get(i, {}), true, "max", cost) for i, true in gt.items() if len(true) > 1]
+    there = [t in pred.get(i, {}) for i, true in gt.items() for t in sorted(true)[1:]]
+    scores = {
+        "ao": np.mean(ious),
+        "sr50": np.mean(np.array(ious) > 0.5),
+        "sr75": np.mean(np.array(ious) > 0.75),
+        "ade": np.mean([d for move in moves for d in move["distances"]]),
+        "fde": np.mean([m["fde"] for m in moves]),
+        "coverage": np.mean(there),
+    }
+    return {name: float(value) for name, value in scores.items()}
+
+
 def box_in_range(box: Sequence[float], extent: tuple[float, float] = GRID) -> bool:
     """0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height of the grid."""
     x1, y1, x2, y2 = box
