@@ -31,8 +31,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from jaxmllm.geometry import Boxes
 from jaxmllm.tasks import trajectories
 from jaxmllm.tasks.answers import MAX_CHARS, choose
