@@ -44,6 +44,9 @@ def query(**fields):
     return clip() | {"task": "foresight", "query": fields}
 
 
+MERLIN = foresight.Foresight(coord_space="norm1000")  # the published form
+
+
 def test_prompt_puts_a_frame_tag_before_every_image_and_names_task_and_format():
     record = query(kind="tracking", ids=[5, 9])
     text = foresight.prompt(record)
@@ -120,9 +123,11 @@ def test_carriers_are_enough_and_all_hold_task_question_and_format():
 def test_coordinates_in_pixels_of_the_resized_image():
     record = query(kind="tracking", ids=[5]) | {"resized": [448, 448]}
     text = foresight.answer(record, "abs")
-    assert text.startswith("dog<Id1>Frame1:[224,044,268,134]")
+    assert text.startswith("dog<Id1>Frame1:[224, 44, 268, 134]")
     assert foresight.reward(text, record, "abs")["reward"] == 1
     assert foresight.reward(text, record)["reward"] < 0.5
+    assert foresight.Foresight().gold(record) == text  # as the style grounds
+    assert foresight.Foresight(style="qwen2_vl").gold(record) == foresight.answer(record)
     with pytest.raises(ValueError, match="coord_space"):
         foresight.answer(record, "pixels")
 
@@ -144,7 +149,7 @@ def test_chat_answers_write_the_path_first_and_then_the_future():
     assert [a for _, a in turns] == ["Two dogs and a cat.", answer, f"The cat{other} sits still."]
     assert turns[0][0].count("<image>") == 3 and not any("<image>" in q for q, _ in turns[1:])
     assert foresight.reward(answer, record) is None  # free text stays supervised
-    assert foresight.Foresight().metric([answer], [record])["ao"] == 1
+    assert MERLIN.metric([answer], [record])["ao"] == 1
 
 
 def test_checkable_future_is_half_of_the_reward():
@@ -183,7 +188,7 @@ def test_negative_questions_are_rewarded_for_denial_alone():
 
 def test_measures_and_baselines():
     record = query(kind="tracking", ids=[5], horizon=2)
-    got = foresight.Foresight().metric([foresight.answer(record)], [record])
+    got = MERLIN.metric([foresight.answer(record)], [record])
     assert got["ao"] == got["reward"] == got["future_ao"] == got["velocity_ao"] == 1 and got["ade"] == 0
     gt = foresight.ground_truth(record)[1]
     ious = [float(box_iou(gt[1], gt[t])) for t in range(2, 6)]
@@ -192,14 +197,14 @@ def test_measures_and_baselines():
     assert got["coverage"] == got["hold_coverage"] == 1 and got["hold_ade"] == pytest.approx(
         1.5 * 25
     )  # of the last two
-    silent = foresight.Foresight().metric(["", ""], [record, STILL | {"query": {"kind": "rec"}}])
+    silent = MERLIN.metric(["", ""], [record, STILL | {"query": {"kind": "rec"}}])
     assert silent["ao"] == silent["coverage"] == 0 and silent["static_ade"] == got["static_ade"]
     assert silent["ade"] == silent["fde"] == pytest.approx(1000 * math.sqrt(2))  # silence is not worth a still box
     half = foresight.answer(record).split(";Frame4")[0] + "</Id1>"
-    assert foresight.Foresight().metric([half], [record])["coverage"] == 0.5
+    assert MERLIN.metric([half], [record])["coverage"] == 0.5
     inverted = foresight.answer(record).replace("Frame5:[", "Frame5:[999,")
-    assert foresight.Foresight().metric([inverted], [record])["coverage"] == 0.75
-    assert foresight.Foresight().metric([], []) == {}
+    assert MERLIN.metric([inverted], [record])["coverage"] == 0.75
+    assert MERLIN.metric([], []) == {}
 
 
 def test_prompts_that_copying_solves_are_dropped():

@@ -32,12 +32,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxmllm.geometry import Boxes
-from jaxmllm.tasks import trajectories
+from jaxmllm.tasks import answers, trajectories
 from jaxmllm.tasks.answers import MAX_CHARS, choose
 from jaxmllm.tasks.task import Record, Reward, Row, Task
 from jaxmllm.tasks.trajectories import (
     box_in_range,
     format_box,
+    plain_box,
     quantize_box,
     trajectory_reward,
     write_frames,
@@ -45,6 +46,8 @@ from jaxmllm.tasks.trajectories import (
 )
 
 COORD_SPACES = {"norm1000": "norm1000", "abs": "resized"}  # name -> frame of geometry.Boxes
+SPELLINGS = {"norm1000": format_box, "abs": plain_box}
+OF_STYLE = {"qwen2_vl": "norm1000", "qwen2_5_vl": "abs", "qwen3_vl": "norm1000"}  # as a checkpoint of the style grounds
 
 # Kind -> (task named in the question, format named in the question).
 SKELETONS = {
@@ -113,7 +116,7 @@ def _whole(record: Mapping[str, Any], box: Sequence[float], coord_space: str) ->
 
 
 def _box(record: Mapping[str, Any], box: Sequence[float], coord_space: str) -> str:
-    return format_box(_whole(record, box, coord_space))
+    return SPELLINGS[coord_space](_whole(record, box, coord_space))
 
 
 def shown_frames(record: Mapping[str, Any]) -> int:
@@ -173,7 +176,8 @@ def _start(record: Mapping[str, Any], coord_space: str, frames: int = 1) -> str:
             {"id": i, "label": labels[i], "frames": {t: box for t, box in boxes.items() if t <= frames}}
             for i, boxes in ground_truth(record, coord_space).items()
             if i == 1 or not chat
-        ]
+        ],
+        SPELLINGS[coord_space],
     )
 
 
@@ -221,7 +225,8 @@ def _ask(record: Mapping[str, Any], coord_space: str) -> str:
 def prompt(record: Mapping[str, Any], coord_space: str = "norm1000", precise: bool = True) -> str:
     """The user's text with `<image>` where each image goes; see `content` for the message.
 
-    `coord_space` "norm1000" writes 0..1000 of the image, "abs" pixels of the resized image (the base model's habit).
+    `coord_space` "norm1000" writes 0..1000 of the image, "abs" pixels of the resized image, spelled as
+    Qwen2.5-VL grounds.
     `precise=False` leaves out the task name and the format: the published ablation (AO 28.4 instead of 51.4).
     """
     query = record["query"]
@@ -284,7 +289,7 @@ def answer(record: Mapping[str, Any], coord_space: str = "norm1000", trajectory:
         found: dict[str, list[list[int]]] = {}
         for label, box in zip(record["labels"], record["boxes"], strict=True):
             found.setdefault(label, []).append(_whole(record, box, coord_space))
-        return trajectories.write_detection(found)
+        return trajectories.write_detection(found, SPELLINGS[coord_space])
     if kind in ("rec", "reg"):
         return _box(record, record["box"], coord_space) if kind == "rec" else record["expression"]
     if kind == "reasoning":
@@ -293,16 +298,17 @@ def answer(record: Mapping[str, Any], coord_space: str = "norm1000", trajectory:
         return record["caption"] if kind == "caption" else query["text"]
     labels, gt = _labels(record), ground_truth(record, coord_space)
     if kind == "chat":
-        return _chat_answer(record, labels, gt, trajectory)
-    text = write_trajectories([{"id": i, "label": labels[i], "frames": frames} for i, frames in gt.items()])
+        return _chat_answer(record, labels, gt, trajectory, SPELLINGS[coord_space])
+    rows = [{"id": i, "label": labels[i], "frames": frames} for i, frames in gt.items()]
+    text = write_trajectories(rows, SPELLINGS[coord_space])
     return f"Its path is {text}." if kind == "generic" else text
 
 
-def _chat_answer(record, labels, gt, trajectory) -> str:
+def _chat_answer(record, labels, gt, trajectory, spell) -> str:
     query = record["query"]
 
     def track(i):
-        return labels[i] + (f"<Id{i}>{write_frames(gt[i])}</Id{i}>" if trajectory else "")
+        return labels[i] + (f"<Id{i}>{write_frames(gt[i], spell)}</Id{i}>" if trajectory else "")
 
     text = FUTURES[query.get("wording", 0) % len(FUTURES)].replace("{future}", query["future"])
     motions = query.get("motions", {})
@@ -326,7 +332,7 @@ def dialogue(record: Mapping[str, Any], coord_space: str = "norm1000") -> list[t
     motions, labels = record["query"].get("motions", {}), _labels(record)
     for i, track in _subjects(record)[1:2]:
         if str(track["id"]) in motions:
-            path = f"<Id{i}>{write_frames(ground_truth(record, coord_space)[i])}</Id{i}>"
+            path = f"<Id{i}>{write_frames(ground_truth(record, coord_space)[i], SPELLINGS[coord_space])}</Id{i}>"
             turns.append(
                 (
                     f"And what does the {labels[i]}<Id{i}></Id{i}> do?",
@@ -406,7 +412,8 @@ def static_reward(record: Mapping[str, Any], coord_space: str = "norm1000") -> f
 class Foresight(Task):
     """Trajectories as text, seen and still to come (Merlin)."""
 
-    coord_space: Literal["norm1000", "abs"] = "norm1000"
+    style: answers.StyleName = "qwen2_5_vl"
+    coord_space: Literal["style", "norm1000", "abs"] = "style"  # norm1000: the published form
     precise: bool = True
     trajectory: bool = True
 
@@ -417,17 +424,22 @@ class Foresight(Task):
     }
     primary = ("ao", "ade")
 
+    @property
+    def space(self) -> str:
+        """The coordinates that are written: those in which a checkpoint of the style grounds, unless told."""
+        return OF_STYLE[self.style] if self.coord_space == "style" else self.coord_space
+
     def prompt(self, record: Record) -> str:
-        return prompt(record, self.coord_space, self.precise)
+        return prompt(record, self.space, self.precise)
 
     def content(self, record: Record) -> list[dict[str, Any]]:
-        return content(record, self.coord_space, self.precise)
+        return content(record, self.space, self.precise)
 
     def gold(self, record: Record) -> str:
-        return answer(record, self.coord_space, self.trajectory)
+        return answer(record, self.space, self.trajectory)
 
     def reward(self, text: str, record: Record) -> Reward:
-        return reward(text, record, self.coord_space)
+        return reward(text, record, self.space)
 
     def row(self, text: str, record: Record) -> Row:
         """Tracking measures over the frames after the first, pooled over the record's frames.
@@ -440,8 +452,8 @@ class Foresight(Task):
         """
         if record["query"]["kind"] not in TRACKED:
             return {}
-        row = dict(reward(text, record, self.coord_space) or {})
-        return row if record["query"].get("absent") else row | _tracking(text, record, self.coord_space)
+        row = dict(reward(text, record, self.space) or {})
+        return row if record["query"].get("absent") else row | _tracking(text, record, self.space)
 
 
 def _tracking(text: str, record: Mapping[str, Any], coord_space: str) -> dict[str, float]:

@@ -12,7 +12,7 @@ model sees ("abs"). A frame in which a target is out of view is left out. In mem
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ MISSING_COST = 1000 * math.sqrt(2)  # the diagonal of the 0..1000 grid
 
 Frames = Mapping[Any, Sequence[float]]  # keys: int or numeric string
 Tracks = Mapping[Any, Frames]
+Spell = Callable[[Sequence[int]], str]  # writes a whole-number box
 
 # ---- writing
 
@@ -63,6 +64,11 @@ def format_box(q: Sequence[int]) -> str:
     return "[" + ",".join(f"{v:03d}" for v in q) + "]"
 
 
+def plain_box(q: Sequence[int]) -> str:
+    """`[71, 402, 235, 829]`: as Qwen2.5-VL grounds, without padding, whose numbers such a checkpoint has never written."""
+    return str([int(v) for v in q])
+
+
 def encode_box(
     box: Sequence[float],
     w: float,
@@ -83,8 +89,8 @@ def decode_box(
     return [v * divisors[i % 2] / extent[i % 2] for i, v in enumerate(q)]
 
 
-def write_frames(frames: Frames) -> str:
-    """`Frame1:[..];Frame2:[..]`, frames ascending, of whole-number boxes.
+def write_frames(frames: Frames, spell: Spell = format_box) -> str:
+    """`Frame1:[..];Frame2:[..]`, frames ascending, of whole-number boxes, each written by `spell`.
 
     Raises:
         ValueError: a box with x2 <= x1, y2 <= y1 or a negative coordinate (an x, y, w, h box or a swapped corner).
@@ -94,11 +100,11 @@ def write_frames(frames: Frames) -> str:
         q = [int(v) for v in box]
         if not (q[0] < q[2] and q[1] < q[3] and min(q) >= 0):
             raise ValueError(f"frame {t}: box {list(box)} is not [x1, y1, x2, y2] with 0 <= x1 < x2 and 0 <= y1 < y2")
-        parts.append(f"Frame{t}:{format_box(q)}")
+        parts.append(f"Frame{t}:{spell(q)}")
     return ";".join(parts)
 
 
-def write_trajectories(tracks: Sequence[Mapping[str, Any]]) -> str:
+def write_trajectories(tracks: Sequence[Mapping[str, Any]], spell: Spell = format_box) -> str:
     """Object after object, `label<Id1>Frame1:[..];Frame2:[..]</Id1>`, joined by commas.
 
     Each track has `id`, `label` (may be empty) and `frames` of whole-number boxes.
@@ -111,16 +117,16 @@ def write_trajectories(tracks: Sequence[Mapping[str, Any]]) -> str:
         label = track.get("label", "")
         if _label(label, len(label)) != label:
             raise ValueError(f"label {label!r} may hold only letters, digits, '_', '-' and inner blanks")
-        parts.append(f"{label}<Id{track['id']}>{write_frames(track['frames'])}</Id{track['id']}>")
+        parts.append(f"{label}<Id{track['id']}>{write_frames(track['frames'], spell)}</Id{track['id']}>")
     return ",".join(parts)
 
 
-def write_detection(boxes: Mapping[str, Sequence[Sequence[int]]]) -> str:
+def write_detection(boxes: Mapping[str, Sequence[Sequence[int]]], spell: Spell = format_box) -> str:
     """`person:[..],[..];dog:[..].` of whole-number boxes per category; empty text without any."""
     for category in boxes:
         if not category or category != category.strip() or any(c in category for c in ":;[]"):
             raise ValueError(f"category {category!r} may not be empty or hold outer blanks, ':', ';' or brackets")
-    return ";".join(f"{c}:{','.join(map(format_box, found))}" for c, found in boxes.items()) + ("." if boxes else "")
+    return ";".join(f"{c}:{','.join(map(spell, found))}" for c, found in boxes.items()) + ("." if boxes else "")
 
 
 # ---- reading

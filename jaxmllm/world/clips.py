@@ -35,10 +35,13 @@ class ClipSpec:
     turn: float = 0.25  # chance that an object changes what it does on the way
     leave: float = 0.0  # chance that an object may move out of the view; it has no box where less than half is seen
     crossing: float = 0.35  # largest share of a box that another box may cover in any frame
+    subjects: int = 4  # most subjects that an answer traces
     kinds: tuple[str, ...] = ()  # kinds of question asked about the clip, of its task; none named: all
     max_static: float = 1.0  # most that one frame and the prompt may tell of a questioned track, as an overlap
 
     def __post_init__(self):
+        if self.subjects < 1:
+            raise InputError("ClipSpec.subjects: must be at least 1")
         if self.frames < 2 or self.horizon < 0 or self.fps <= 0:
             raise InputError("ClipSpec: frames must be at least 2, horizon at least 0, fps above 0")
         if not 0 < self.speed[0] <= self.speed[1] <= 0.5:

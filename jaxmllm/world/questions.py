@@ -255,7 +255,10 @@ def tracks(clip: Clip, record: Record, stream: Stream) -> Record:
 
 def _tracks_query(clip: Clip, record: Record, stream: Stream) -> Record | None:
     fields, kinds = record | clip_fields(clip), _kinds(clip, "tracks")
-    return task_tracks.make_query(fields, stream.generator(), kinds, max_static=clip.spec.max_static)
+    spec = clip.spec
+    return task_tracks.make_query(
+        fields, stream.generator(), kinds, max_tracks=spec.subjects, max_static=spec.max_static
+    )
 
 
 def _kinds(clip: Clip, task: str) -> list[str]:
@@ -274,9 +277,11 @@ def _foresight_query(clip: Clip, record: Record, stream: Stream) -> Record | Non
     record = record | clip_fields(clip)
     last = max(int(t) for track in record["tracks"] for t in track["boxes"])
     horizon = stream.choice((0, max(0, last - clip.spec.frames)))
-    absent = _absent_cue(clip, record, stream) if stream.chance(foresight_records.NEGATIVE_SHARE) else None
+    spec, kinds, absent = clip.spec, _kinds(clip, "foresight"), None
+    if stream.chance(foresight_records.NEGATIVE_SHARE) and (not kinds or {"referring", "generic"} & set(kinds)):
+        absent = _absent_cue(clip, record, stream)
     return foresight_records.make_query(
-        record, stream.generator(), _kinds(clip, "foresight"), horizon, absent, max_static=clip.spec.max_static
+        record, stream.generator(), kinds, horizon, absent, max_tracks=spec.subjects, max_static=spec.max_static
     )
 
 
