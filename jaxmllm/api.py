@@ -108,6 +108,7 @@ def load(
     dtype: str | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    max_source_pixels: int | None = None,
     max_prompt_length: int = 16384,
     buckets: Buckets | None = None,
     **run: Any,
@@ -120,6 +121,7 @@ def load(
         dtype: of parameters and activations, e.g. "bfloat16"; None keeps the checkpoint's parameters and computes in their
             dtype.
         min_pixels, max_pixels: of a resized image; None: the checkpoint's.
+        max_source_pixels: of a stored image; a larger one is refused before it is decoded. None: 89,478,485.
         max_prompt_length: tokens, vision included; longer prompts are refused.
         run: other fields of ModelConfig that say how to run it (remat, unroll, attention).
 
@@ -129,7 +131,12 @@ def load(
     changes: dict[str, Any] = ({"dtype": dtype} if dtype else {}) | run
     cfg = dataclasses.replace(load_model_config(folder), **changes)
     processor = Processor.from_pretrained(
-        folder, cfg, min_pixels=min_pixels, max_pixels=max_pixels, max_prompt_length=max_prompt_length
+        folder,
+        cfg,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        max_source_pixels=max_source_pixels,
+        max_prompt_length=max_prompt_length,
     )
     sharding = None
     if mesh is not None:

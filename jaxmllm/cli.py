@@ -40,6 +40,7 @@ def sample(
     seed: int = 0,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    max_source_pixels: int | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> None:
     """Answer a prompt about images and videos; the text appears as it is written.
@@ -57,7 +58,9 @@ def sample(
     from jaxmllm import api
     from jaxmllm.model.logprobs import Sampling
 
-    loaded = api.load(model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
+    loaded = api.load(
+        model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels, max_source_pixels=max_source_pixels
+    )
     content: list[dict[str, Any]] = [{"type": "image", "image": str(path)} for path in image]
     content += [{"type": "video", "video": str(path), "fps": fps} for path in video]
     content.append({"type": "text", "text": prompt})
@@ -169,6 +172,7 @@ def evaluate(
     max_new_tokens: int = 512,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    max_source_pixels: int | None = None,
     by: str | None = None,
     save_pictures: int = 16,
     dtype: Literal["float32", "bfloat16"] | None = None,
@@ -201,7 +205,9 @@ def evaluate(
         raise InputError("--data: name a source, such as world:grounding?split=val")
     extra = {} if task is None else {"task": task}
     opened = {spec: open_source(spec, **(extra if spec.startswith("coco:") else {})) for spec in data}
-    loaded = api.load(model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
+    loaded = api.load(
+        model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels, max_source_pixels=max_source_pixels
+    )
     sources = {spec: Sized(source, loaded.processor.pixel_config) for spec, source in opened.items()}
 
     def generate(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -278,6 +284,7 @@ def check(
     max_new_tokens: int = 512,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    max_source_pixels: int | None = None,
     limit: int | None = None,
 ) -> None:
     """Read every record as training would: bad ones, lengths and sizes against the limits, answers that are never right.
@@ -312,7 +319,11 @@ def check(
     opened = {spec: open_source(spec) for spec in dict.fromkeys((*source, *eval))}
     folder = api.resolve(model)
     processor = Processor.from_pretrained(
-        folder, load_model_config(folder), min_pixels=min_pixels, max_pixels=max_pixels
+        folder,
+        load_model_config(folder),
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        max_source_pixels=max_source_pixels,
     )
     pixels = processor.pixel_config
     limits = looking.Limits(max_prompt_length, max_new_tokens, pixels.max_pixels, pixels.factor)

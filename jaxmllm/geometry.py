@@ -353,3 +353,22 @@ def precision_curve(error: ArrayLike, thresholds: ArrayLike = PRECISION_THRESHOL
     if values.size == 0:
         return np.full(thresholds.shape, np.nan)
     return (values[None] <= thresholds[:, None]).mean(-1)
+
+
+def turned(values: Float[np.ndarray, "*N D"], orientation: int, size: Sequence[float]) -> Float[np.ndarray, "*N D"]:
+    """Points (D = 2) or boxes [x1, y1, x2, y2] (D = 4) on stored pixels, as they lie once the picture is turned upright.
+
+    `orientation` is EXIF's, 1 to 8 (EXIF 2.32, tag 0x0112); `size` (W, H) is that of the stored picture.
+    """
+    width, height = size
+    pairs = np.asarray(values, np.float64).reshape(-1, 2)
+    x, y = pairs[:, 0], pairs[:, 1]
+    if orientation in (2, 3, 7, 8):
+        x = width - x
+    if orientation in (3, 4, 6, 7):
+        y = height - y
+    found = np.stack((y, x) if orientation >= 5 else (x, y), axis=-1)
+    if np.shape(values)[-1] == 4:
+        corners = found.reshape(-1, 2, 2)
+        found = np.concatenate([corners.min(1), corners.max(1)], axis=-1)
+    return found.reshape(np.shape(values))

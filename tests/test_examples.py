@@ -141,12 +141,13 @@ def test_chats(processor, tmp_path, real):
                       turn("assistant", "Two."), turn("user", "So?"), turn("assistant", "Three."), turn("user", "Left over")]},
         {"messages": [turn("user", "Hello"), turn("assistant", "Hi"), turn("user", "Bye"), turn("assistant", "Bye")]},
     ]  # fmt: skip
-    learned = [["A dog."], ["A dog.", "Yes, I am."], ["Two.", "Three."], ["Hi", "Bye"]]
+    # the third has pictures in two turns: a row for the answers behind each of them
+    parts = [(rows[0], 2), (rows[1], 5), (rows[2], 2), (rows[2], 6), (rows[3], 4)]
+    learned = [["A dog."], ["A dog.", "Yes, I am."], ["One."], ["Two.", "Three."], ["Hi", "Bye"]]
     source = open_source(f"chat:{write(tmp_path / 'x.jsonl', rows)}")
     with sft_batches(source, processor, 1, Buckets(), shuffle=False) as batches:
-        for row, answers, batch in zip(rows, learned, batches, strict=True):
-            last = max(k for k, message in enumerate(row["messages"]) if message["role"] == "assistant")
-            whole = processor.encode(row["messages"][: last + 1], add_generation_prompt=False)
+        for (row, stop), answers, batch in zip(parts, learned, batches, strict=True):
+            whole = processor.encode(row["messages"][:stop], add_generation_prompt=False)
             n, length = int(batch.prompts.lengths[0]), int(batch.completions.lengths[0, 0])
             tokens = np.concatenate([batch.prompts.tokens[0, :n], batch.completions.tokens[0, 0, :length]])
             assert tokens.tolist() == whole.tokens[: len(tokens)].tolist()

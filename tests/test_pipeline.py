@@ -286,7 +286,7 @@ BAD_RECORDS = {
     ),
     "ragged": ({**GOOD, "box": [1, 2, 3]}, "a field has the wrong form"),
     "no field": ({k: v for k, v in GOOD.items() if k != "expression"}, "field 'expression' is missing"),
-    "placeholder": ({**GOOD, "expression": "<|image_pad|>"}, "placeholder tokens of pictures must not be written"),
+    "placeholder": ({**GOOD, "expression": "<|image_pad|>"}, "placeholder tokens must not be written in a text"),
     "too long": ({**GOOD, "expression": "cat " * 400}, r"the prompt has 17[0-9]+ tokens, [0-9]+ of them vision, and max_"),
     "no messages": ({**GOOD, "messages": [{"role": "assistant", "content": "x"}]}, "messages: there is nothing to answer"),
 }  # fmt: skip
@@ -333,7 +333,7 @@ def test_records_that_are_larger_than_the_buckets(processor, tmp_path):
         ([turn("user", "<|image_pad|>"), turn("assistant", "x")], "placeholder tokens must not be written in a text"),
         (
             [turn("user", "Hi"), turn("assistant", "<|video_pad|>")],
-            "placeholder tokens of pictures must not be written",
+            "placeholder tokens must not be written in a text",
         ),
     ],
 )

@@ -124,15 +124,21 @@ def test_chat_from_hugging_face_parquet(tmp_path):
 @pytest.mark.parametrize(
     ("row", "error"),
     [
-        ({"text": "x"}, "field 'prompt' is missing"),
+        ({"text": "x"}, r"field 'messages or .* or instruction' is missing; the row has text"),
         ({"messages": []}, "messages: expected a list of turns"),
         (
             {"messages": [{"role": "robot", "content": "x"}]},
             r"messages\[0\].role: 'robot' is unknown; use one of system,",
         ),
         ({"messages": [{"content": "x"}]}, r"messages\[0\]: expected an object with role and content"),
-        ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\].content: expected a text or a list of parts"),
-        ({"messages": [user({"type": "audio"})]}, r"messages\[0\]: a part has type 'audio'; known: text, image, video"),
+        (
+            {"messages": [{"role": "user", "content": 3}]},
+            r"messages\[0\]: content must be a text or a list of parts, got int",
+        ),
+        (
+            {"messages": [user({"type": "audio"})]},
+            r"messages\[0\]: a part needs the type text, image or video, got 'audio'",
+        ),
         ({"messages": [user(IMAGE, TEXT)]}, r"messages\[0\]: more places for images than images"),
         ({"messages": [user(IMAGE, IMAGE)], "images": ["a.png"]}, r"messages\[0\]: more places for images"),
         ({"messages": [user(IMAGE)], "images": ["a.png", "a.png"]}, "images: there are 2, but places for 1 of them"),
@@ -301,7 +307,7 @@ def referring_files(root):
 @pytest.mark.parametrize(
     "spec",
     ["unc?split=testA", "tfds/refcoco.json?dataset=refcoco_unc&split=testA", "mdetr/finetune_refcoco_testA.json",
-     "rows/x.jsonl", "rows/x.json"],
+     "rows/x.jsonl?boxes=xyxy", "rows/x.json"],
 )  # fmt: skip
 def test_referring_expressions_in_json(tmp_path, spec):
     referring_files(tmp_path)

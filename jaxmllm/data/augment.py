@@ -7,8 +7,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image, ImageOps
 
+from jaxmllm.data.annotations import upright
+from jaxmllm.data.decoding import load_image
 from jaxmllm.data.formats import Record, Source
-from jaxmllm.data.images import load_image
 from jaxmllm.data.selection import RecordSource, all_records, image_key, where
 from jaxmllm.errors import InputError
 
@@ -52,6 +53,7 @@ class Augmented(Source):
             raise InputError("augment: only for tasks about one image; leave it out")
         draw = np.random.default_rng([self.seed, index])
         image = load_image(records[0]["images"][0])
+        records = [upright(record) for record in records]
         flips = draw.random(2) < 0.5
         found = [self._view(record, (0, 0), image.size, flips) for record in records]
         corner, size = (0, 0), image.size

@@ -4,7 +4,6 @@ Token ids, vision-token counts and positions equal those of transformers' Qwen2-
 """
 
 import dataclasses
-import numbers
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +14,13 @@ from jaxtyping import Int
 
 from jaxmllm.config import ModelConfig, load_model_config
 from jaxmllm.data.images import Frames, PixelConfig, image_frames, load_pixel_config, read_json
+from jaxmllm.data.parts import checked_text, content_of, read_part
 from jaxmllm.data.video import FRAME_PIXELS, VideoConfig, load_video_config, video_frames
 from jaxmllm.errors import InputError
 from jaxmllm.types import Completions, Prompts, Vision
 
 Message = Mapping[str, Any]  # {"role": ..., "content": text or a list of parts}
-SOURCES = {"image": ("image", "path", "url"), "video": ("video", "path", "url")}  # where a part keeps its picture
-VIDEO_OPTIONS = ("fps", "source_fps", "min_frames", "max_frames")
+PICTURES = ("image", "video")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +71,13 @@ class Processor:
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        max_source_pixels: int | None = None,
         max_prompt_length: int = 16384,
     ) -> "Processor":
         """Reads tokenizer, template and preprocessor configs of a Hugging Face folder; nothing is downloaded.
 
-        `min_pixels` and `max_pixels` override the limits of a resized image, and of a video frame.
+        `min_pixels` and `max_pixels` override the limits of a resized image, and of a video frame; `max_source_pixels` that of
+        a stored one, beyond which it is refused.
         Raises InputError naming the file that is missing or does not fit.
         """
         AutoTokenizer = _auto_tokenizer()
@@ -92,6 +93,11 @@ class Processor:
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         pixels = load_pixel_config(folder, model_config, **limits)
         video = load_video_config(folder, model_config, **limits)
+        if max_source_pixels is not None:
+            pixels = dataclasses.replace(pixels, max_source_pixels=max_source_pixels)
+            video = dataclasses.replace(
+                video, pixels=dataclasses.replace(video.pixels, max_source_pixels=max_source_pixels)
+            )
         return cls(tokenizer, model_config, pixels, video, max_prompt_length=max_prompt_length)
 
     def _check_sizes(self):
@@ -156,9 +162,9 @@ class Processor:
         """Encodes Hugging Face chat messages.
 
         A part of a message is {"type": "text", "text"}, {"type": "image", "image": path | Pillow image | array | bytes}
-        or {"type": "video", "video": file | folder | list or array of frames}, the latter with `fps`, `source_fps`,
-        `min_frames`, `max_frames` of `load_video`. Parts without a picture, {"type": "image"}, take those of `images`
-        and `videos` in order.
+        or {"type": "video", "video": file | folder | list or array of frames}; `data.parts` lists the options of each, which
+        are qwen-vl-utils', and the other forms that are read (OpenAI's image_url, base64). Parts without a picture,
+        {"type": "image"}, take those of `images` and `videos` in order.
         Raises InputError, beginning with `name` or the conversation's first words, for a bad message, picture or link,
         for more or fewer pictures than placeholders, and for a prompt longer than `max_prompt_length`.
         """
@@ -174,46 +180,41 @@ class Processor:
         if not isinstance(conversation, list | tuple) or not conversation:
             raise InputError("expected a list of messages, each with a role and content")
         given = {kind: len(pool) for kind, pool in pools.items()}
-        asked = dict.fromkeys(SOURCES, 0)
-        pictures: dict[str, list[Frames]] = {kind: [] for kind in SOURCES}
+        asked = dict.fromkeys(PICTURES, 0)
+        pictures: dict[str, list[Frames]] = {kind: [] for kind in PICTURES}
         messages: list[Message] = []
         for number, message in enumerate(conversation):
             place = f"message {number}"
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise InputError(f"{place}: expected a dict with a role (system, user, assistant) and content")
-            content = message.get("content")
+            content = content_of(message, place)
+            turn = {key: value for key, value in message.items() if key != "tool_calls"}
             if isinstance(content, str):
-                messages.append(dict(message))
+                messages.append({**turn, "content": checked_text(content, place)})
                 continue
-            if not isinstance(content, list | tuple):
-                raise InputError(f"{place}: content must be a text or a list of parts, got {type(content).__name__}")
             parts = []
             for part in content:
-                kind, part = _part(part, place)
-                parts.append({"type": kind, "text": part["text"]} if kind == "text" else {"type": kind})
+                kind, held, options = read_part(part, place)
                 if kind == "text":
+                    parts.append({"type": kind, "text": checked_text(held, place)})
                     continue
-                source = next((part[key] for key in SOURCES[kind] if key in part), None)
-                if source is None:
+                parts.append({"type": kind})
+                if held is None:
                     asked[kind] += 1
                     if not pools[kind]:
                         continue
-                    source = pools[kind].pop(0)
+                    held = pools[kind].pop(0)
                 label = f"{place}, {kind} {len(pictures[kind])}"
-                pictures[kind].append(self._picture(kind, source, part, label))
-            messages.append({**message, "content": parts})
-        for kind in SOURCES:
+                pictures[kind].append(self._picture(kind, held, options, label))
+            messages.append({**turn, "content": parts})
+        for kind in PICTURES:
             if asked[kind] != given[kind]:
                 raise InputError(f"{given[kind]} {kind}s are given for {asked[kind]} {kind} parts that wait for one")
         return messages, pictures
 
-    def _picture(self, kind: str, source: Any, part: Message, label: str) -> Frames:
+    def _picture(self, kind: str, source: Any, options: dict[str, Any], label: str) -> Frames:
         if kind == "image":
-            return image_frames(source, self.pixel_config, label)
-        options = {key: part[key] for key in VIDEO_OPTIONS if key in part}
-        for key, value in options.items():
-            if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                raise InputError(f"{label}: {key} is {value!r}; it must be a number")
+            return image_frames(source, self.pixel_config, label, options)
         return video_frames(source, self.video_config, name=label, **options)
 
     def _expand(self, text: str, pictures: dict[str, list[Frames]]) -> Example:
@@ -290,24 +291,6 @@ def position_grid(frames: Frames, config: ModelConfig) -> Int[np.ndarray, "3 f r
     time = (np.arange(frames.grid[0], dtype=np.float32) * step).astype(np.int64)
     rows, columns = (side // config.vision.spatial_merge_size for side in frames.grid[1:])
     return np.stack(np.meshgrid(time, np.arange(rows), np.arange(columns), indexing="ij"))
-
-
-def _part(part: Any, place: str) -> tuple[str, dict[str, Any]]:
-    """Kind and fields of a part. Fields that are None count as absent: tables fill every row with every column."""
-    if not isinstance(part, Mapping) or part.get("type") not in ("text", *SOURCES):
-        kind = part.get("type") if isinstance(part, Mapping) else part
-        raise InputError(f"{place}: a part needs the type text, image or video, got {str(kind)[:40]!r}")
-    kind, part = part["type"], {key: value for key, value in part.items() if value is not None}
-    known = {
-        "text": ("text",),
-        "image": SOURCES["image"],
-        "video": (*SOURCES["video"], *VIDEO_OPTIONS),
-    }[kind]
-    if unknown := set(part) - {"type", *known}:
-        raise InputError(f"{place}: {kind} part has unknown fields {sorted(unknown)}; known are {list(known)}")
-    if kind == "text" and not isinstance(part.get("text"), str):
-        raise InputError(f"{place}: a text part needs a string in its field text")
-    return kind, part
 
 
 def _first_words(conversation: Any) -> str:

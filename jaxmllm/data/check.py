@@ -11,6 +11,7 @@ from jaxmllm.data.chat import Processor
 from jaxmllm.data.examples import Asking, sized
 from jaxmllm.data.formats import Record
 from jaxmllm.data.overlap import question_key
+from jaxmllm.data.parts import checked_text
 from jaxmllm.data.selection import RecordSource, all_records, where
 from jaxmllm.errors import InputError
 
@@ -62,6 +63,8 @@ class Look:
             chat = self.asking.conversation(record)
             example = self.processor.encode(chat)
             gold = self.gold(record)
+            if gold is not None:
+                checked_text(gold, "answer")
             answer = (
                 None if gold is None else len(self.processor.tokenizer(gold, add_special_tokens=False)["input_ids"])
             )

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from jaxmllm.data.formats import Record, Source, box, choose, existing, image_root, load_json, numbers, shorten
+from jaxmllm.data.formats import Record, Source, box, choose, image_root, numbers, shorten
+from jaxmllm.data.rows import existing, load_json
 from jaxmllm.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,9 @@ class CocoSource(Source):
 
     `order`: objects of an image as the file lists them, or by their left side and then their upper one, as in the world: a
     sequence that can be learned.
+
+    Annotations of images that the file does not list are left out and counted, and so are boxes without area. A category that
+    no object has and that only heads others, as Roboflow's root does, is not asked for.
 
     Records carry `image_id`. `categories` keeps only objects with these names; `category_ids` maps names to the file's
     ids. Boxes are pixels of the original image. Images without an object asked for have no record, unless `empty`.
@@ -55,11 +59,11 @@ class CocoSource(Source):
             raise InputError(f"{path}: not COCO JSON, which is an object with lists images, annotations, categories")
         if not isinstance(raw.get("annotations"), list):
             raise InputError(f"{path}: annotations are missing; image_info files without them cannot be used here")
-        self.category_ids = _categories(raw["categories"], categories, path)
+        self.category_ids = _categories(_asked_for(raw["categories"], raw["annotations"], path), categories, path)
         self.names = list(self.category_ids)
         self._read_images(raw["images"], path)
         by_left = choose(order, ORDERS, "order") == "left"
-        self._read_annotations(raw["annotations"], {entry["id"] for entry in raw["categories"]}, path, by_left)
+        self._read_annotations(raw["annotations"], {_id(entry["id"]) for entry in raw["categories"]}, path, by_left)
         self.root = image_root(path, images, self.files[0])
         self.index = self._questions(max_objects, empty)
         if not len(self.index):
@@ -74,8 +78,8 @@ class CocoSource(Source):
         for k, entry in enumerate(entries):
             try:
                 self.files.append(str(entry["file_name"]))
-                self.image_ids.append(entry["id"])
-                sizes.append((int(entry.get("width", 0)), int(entry.get("height", 0))))
+                self.image_ids.append(_id(entry["id"]))
+                sizes.append((int(entry.get("width") or 0), int(entry.get("height") or 0)))
             except (KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{path}: images[{k}]: file_name or id is missing or malformed ({error})") from None
         self.sizes = np.array(sizes, np.int64)  # width, height; 0 where the file does not say
@@ -86,24 +90,30 @@ class CocoSource(Source):
     def _read_annotations(self, entries: Sequence[Any], known: set[Any], path: Path, by_left: bool) -> None:
         """Objects as arrays, ordered by image: 860,000 of them must fit in each worker."""
         column = {number: k for k, number in enumerate(self.category_ids.values())}
-        rows, flat = [], 0
+        rows, flat, absent = [], 0, 0
         for k, entry in enumerate(entries):
             try:
-                image, category, values = self._place.get(entry["image_id"]), entry["category_id"], entry["bbox"]
-                if image is None:
-                    raise InputError(f"image_id {entry['image_id']!r} is not in images")
+                image, category = self._place.get(_id(entry["image_id"])), _id(entry["category_id"])
+                if image is None:  # a file of which some images were taken out
+                    absent += 1
+                    continue
+                values = entry["bbox"]
                 if category not in known:
                     raise InputError(f"category_id {category!r} is not in categories")
                 if category not in column:
                     continue
                 x, y, w, h = numbers(values, 4, "bbox")
-            except (InputError, KeyError, TypeError) as error:
+            except (InputError, KeyError, TypeError, AttributeError) as error:
                 reason = error if isinstance(error, InputError) else f"field {error} is missing or malformed"
                 raise InputError(f"{path}: annotations[{k}]: {reason}") from None
             if w <= 0 or h <= 0:
                 flat += 1
                 continue
             rows.append((image, column[category], bool(entry.get("iscrowd", 0)), x, y, x + w, y + h))
+        if absent:
+            log.warning("%s: %d annotations of images that the file does not list are left out", path, absent)
+            if absent == len(entries):
+                raise InputError(f"{path}: no annotation has the image_id of an image, such as {self.image_ids[0]!r}")
         if flat:
             log.warning("%s: %d boxes without area are left out", path, flat)
         # stable: the file's order inside an image, unless another is asked for
@@ -176,10 +186,35 @@ class CocoSource(Source):
         }
 
 
+def _id(value: Any) -> Any:
+    """An id as other parts of the file may write it: 7, 7.0 and "7" are the same."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return int(value) if isinstance(value, str) and value.isdecimal() and str(int(value)) == value else value
+
+
+def _asked_for(entries: Sequence[Any], annotations: Sequence[Any], path: Path) -> list[Any]:
+    """The categories without those that only head others, such as the root that Roboflow writes: no object carries them."""
+    try:
+        carried = {_id(thing.get("category_id")) for thing in annotations if isinstance(thing, dict)}
+        heads = [
+            entry
+            for entry in entries
+            if _id(entry["id"]) not in carried
+            and any(other is not entry and other.get("supercategory") == entry["name"] for other in entries)
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: categories need id and name ({error})") from None
+    if heads:
+        names = ", ".join(str(entry["name"]) for entry in heads)
+        log.warning("%s: categories that no object has and that only head others are not asked for: %s", path, names)
+    return [entry for entry in entries if entry not in heads]
+
+
 def _categories(entries: Sequence[Any], wanted: Sequence[str], path: Path) -> dict[str, int]:
     """Name -> id in the order of the ids, of all categories or the wanted ones."""
     try:
-        found = {str(entry["name"]): entry["id"] for entry in sorted(entries, key=lambda entry: entry["id"])}
+        found = {str(entry["name"]): _id(entry["id"]) for entry in sorted(entries, key=lambda entry: _id(entry["id"]))}
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: categories need id and name ({error})") from None
     if len(found) < len(entries):

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxmllm.data import records
-from jaxmllm.data.formats import Record, Rows, RowSource, choose, media, numbers, shorten, text
+from jaxmllm.data import conversations, records
+from jaxmllm.data.formats import Record, RowSource, choose, media, numbers, shorten, text
+from jaxmllm.data.rows import Rows
 from jaxmllm.errors import InputError
 
 Conversation = list[dict[str, Any]]
@@ -86,7 +87,8 @@ def preference(row: Mapping[str, Any], root: Path) -> Record:
         answers = [(turn["response"], turn["reward"] / REWARDED_BY[record["source"]]) for turn in ranked]
         asked = record["messages"][:1]
     else:
-        record = records.chat({key: value for key, value in row.items() if key not in ("chosen", "rejected")}, root)
+        left_out = ("chosen", "rejected", *conversations.ANSWERS)
+        record = records.chat({key: value for key, value in row.items() if key not in left_out}, root)
         answers = [(_answer(row, "chosen"), 1.0), (_answer(row, "rejected"), 0.0)]
         asked = record["messages"]
     if answers[0][1] <= answers[-1][1]:

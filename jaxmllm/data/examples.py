@@ -8,17 +8,19 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxmllm import tasks
+from jaxmllm.data.annotations import upright
 from jaxmllm.data.chat import Buckets, Example, Message, Processor, collate_completions
-from jaxmllm.data.formats import Record, Source, image_size, shorten
-from jaxmllm.data.images import PixelConfig, image_frames, smart_resize
+from jaxmllm.data.formats import Record, Source
+from jaxmllm.data.images import PixelConfig, image_frames, resized_size
+from jaxmllm.data.parts import checked_text
 from jaxmllm.data.sources import RecordSource, all_records, where
+from jaxmllm.data.turns import has_pictures
 from jaxmllm.errors import InputError
 from jaxmllm.tasks.chat import Chat, last_turn
 from jaxmllm.tasks.task import Task, pictures
 from jaxmllm.types import Completions
 
 KEPT_PREFIXES = 256  # combinations of image sizes
-TOLERANCE = 2.0  # pixels that an annotation may lie outside its image: files round
 Weigh = Callable[[Record, Sequence[int]], Sequence[float]]  # record, tokens of its answer -> a weight for each
 _QUESTION, _ANSWER = "\x02question\x03", "\x02answer\x03"  # stand-ins that no template contains
 
@@ -106,19 +108,12 @@ def sized(record: Record, pixels: PixelConfig) -> Record:
 
     Raises InputError where the image has another size than its annotations say, or they lie outside of it.
     """
-    images = [part["image"] for part in _parts(record) if part["type"] == "image"]
-    if not images:
+    part = next((part for part in _parts(record) if part["type"] == "image"), None)
+    if part is None:
         return dict(record)
-    actual = image_size(images[0])
-    size = list(record.get("size", actual))
-    if size != actual:
-        raise InputError(f"size: the image is {actual[0]} x {actual[1]}, its annotations are for {size[0]} x {size[1]}")
-    for field in ("box", "boxes", "points"):
-        values = np.asarray(record.get(field, ()), np.float64).reshape(-1, 2)
-        if not ((values >= -TOLERANCE) & (values <= np.array(size) + TOLERANCE)).all():
-            raise InputError(f"{field}: {shorten(record[field])} leaves the image of {size[0]} x {size[1]} pixels")
-    height, width = smart_resize(size[1], size[0], pixels.factor, pixels.min_pixels, pixels.max_pixels)
-    return {**record, "size": size, "resized": [width, height]}
+    found = upright(record)
+    width, height = found["size"]
+    return {**found, "resized": list(resized_size(height, width, pixels, part)[::-1])}
 
 
 class Sized(Source):
@@ -204,7 +199,7 @@ class Encoder:
             *opening, message, _ = self.asking.with_opening(parts)
             parts = message["content"] if not isinstance(message["content"], str) else [_text(message["content"])]
         end = 1 + max((k for k, part in enumerate(parts) if part["type"] != "text"), default=-1)
-        return opening, parts[:end], "".join(part["text"] for part in parts[end:])
+        return opening, parts[:end], checked_text("".join(part["text"] for part in parts[end:]))
 
     def prefix(self, opening: list[Message], parts: list[dict[str, Any]]) -> Example:
         """The prompt up to its last picture; without one, up to where the question begins.
@@ -213,9 +208,9 @@ class Encoder:
         """
         key, frames = None, []
         if parts and all(part["type"] != "video" for part in parts):
-            images = [part["image"] for part in parts if part["type"] == "image"]
+            images = [part for part in parts if part["type"] == "image"]
             pixels = self.processor.pixel_config
-            frames = [image_frames(image, pixels, f"image {k}") for k, image in enumerate(images)]
+            frames = [image_frames(part["image"], pixels, f"image {k}", part) for k, part in enumerate(images)]
             key = (repr(opening), *(picture.grid for picture in frames), *_texts(parts))
             if key in self._prefixes:
                 return dataclasses.replace(self._prefixes[key], vision=frames)
@@ -252,12 +247,8 @@ class Encoder:
         return row
 
     def ids(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of texts. InputError where a text spells a picture's placeholder."""
-        found = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        config = self.processor.model_config
-        if any(i in (config.image_token_id, config.video_token_id) for row in found for i in row):
-            raise InputError("placeholder tokens of pictures must not be written in a text")
-        return found
+        """Tokens of texts, which went through `checked_text` before the template's own tokens were put around them."""
+        return self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         return self.processor.tokenizer.apply_chat_template(
@@ -290,14 +281,23 @@ class AnswerEncoder(Encoder):
         weights     0 0 0 0                                        1 1 1 1 1 1 1 1 1 1
 
     Other chats, one at a time: the prompt ends where the first answer after the last picture begins, the completion is
-    the rest; what the assistant said before stays context. Answers are tokenised apart from what precedes them, as they
+    the rest. What the assistant said before the last picture is context here; `turns.all_turns` gives it a row of its own.
+    `mask_history`: of a chat the last answer alone has weight. Answers are tokenised apart from what precedes them, as they
     are sampled.
     """
 
     def __init__(
-        self, processor: Processor, asking: Asking, buckets: Buckets, questions: int, seed: int, weigh: Weigh | None
+        self,
+        processor: Processor,
+        asking: Asking,
+        buckets: Buckets,
+        questions: int,
+        seed: int,
+        weigh: Weigh | None,
+        mask_history: bool = False,
     ):
         super().__init__(processor, asking, buckets)
+        self.mask_history = mask_history
         self.questions, self.seed, self.weigh = questions, seed, weigh
 
     def __call__(self, source: RecordSource, index: int, place: int) -> Encoded:
@@ -313,10 +313,10 @@ class AnswerEncoder(Encoder):
         asked = [self.split(record) for record in records]
         first, parts, _ = asked[0]
         prefix = self.prefix(first, parts)
-        same = [k for k, (opening, own, _) in enumerate(asked) if opening == first and _texts(own) == _texts(parts)]
+        same = [k for k, (opening, own, _) in enumerate(asked) if opening == first and _frame(own) == _frame(parts)]
         records = [self.seen(records[k], prefix) for k in same]
         questions = [asked[k][2] + self.between for k in same]
-        answers = [self.asking.answer(record) + self.end for record in records]
+        answers = [checked_text(self.asking.answer(record)) + self.end for record in records]
         ids = self.ids(questions + answers)
         pairs = list(zip(ids[: len(records)], ids[len(records) :], strict=True))
         weights = [[0.0] * len(q) + self._weights(record, a) for record, (q, a) in zip(records, pairs, strict=True)]
@@ -329,12 +329,15 @@ class AnswerEncoder(Encoder):
 
     def _chat(self, index: int, record: Record) -> Encoded:
         messages = self.asking.with_opening(record["messages"])
-        last = max((k for k, m in enumerate(messages) if _has_pictures(m)), default=-1)
+        last = max((k for k, m in enumerate(messages) if has_pictures(m)), default=-1)
         answers = [k for k, m in enumerate(messages) if m["role"] == "assistant" and k > last]
+        answers = answers[-1:] if self.mask_history else answers
         if not answers or answers[0] == 0:
             raise InputError("messages: there is no answer of the assistant after the last picture; nothing to learn")
         example = self.processor.encode(messages[: answers[0]])
         plain = [_without_pictures(message) for message in messages]
+        for k, message in enumerate(plain):
+            _check_texts(message, f"messages[{k}]")
         whole, at = self.render(plain[: answers[-1] + 1]).rstrip(), len(example.text)
         pieces = []
         for k in answers:
@@ -367,8 +370,15 @@ def _texts(parts: list[dict[str, Any]]) -> list[str | None]:
     return [part.get("text") for part in parts]
 
 
-def _has_pictures(message: Message) -> bool:
-    return not isinstance(message["content"], str) and any(part["type"] != "text" for part in message["content"])
+def _frame(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What else than the pictures themselves decides the prompt: texts, kinds and limits of size, in their order."""
+    return [{key: value for key, value in part.items() if key not in ("image", "video")} for part in parts]
+
+
+def _check_texts(message: Message, place: str) -> None:
+    content = message["content"]
+    for text in [content] if isinstance(content, str) else _texts(content):
+        checked_text(text or "", place)
 
 
 def _without_pictures(message: Message) -> Message:

@@ -1,26 +1,26 @@
-"""Reading data files row by row, and the base of all sources.
+"""The base of all sources, and the fields of rows.
 
 A source is index-addressable (`len`, `[i]`), the same on every process, and picklable, so that Grain's worker processes
 can have a copy: what a source keeps is small, images stay on disk until the pipeline loads them.
 """
 
-import array
-import io
-import json
-import math
+import hashlib
 import operator
 import os
-import threading
+import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
 
+from jaxmllm.data.decoding import data_uri, shown
+from jaxmllm.data.decoding import image_size as image_size
+from jaxmllm.data.nearest import nearest
+from jaxmllm.data.rows import Record, Rows
 from jaxmllm.errors import InputError
 
-Record = dict[str, Any]
+LARGEST = sys.float_info.max  # whole numbers of JSON may lie beyond it
 FRAMES = ("pixel", "percent", "norm1000")  # what coordinates in a file are measured in
 
 
@@ -39,9 +39,11 @@ class Source:
         raise NotImplementedError
 
     def image_key(self, index: int) -> Hashable:
-        """Equal for records of the same image."""
-        images = self[index].get("images") or [None]
-        return images[0] if isinstance(images[0], str) else index
+        """Equal for records of the same images and videos, all of them in their order."""
+        record = self[index]
+        held = [*record.get("images", ()), *record.get("videos", ())]
+        keys = tuple(map(media_key, held))
+        return keys if keys and None not in keys else index
 
     def where(self, index: int) -> str:
         """How messages name a record."""
@@ -57,142 +59,8 @@ class Source:
             raise InputError(f"{self.where(index)}: {error}") from None
         except KeyError as error:
             raise InputError(f"{self.where(index)}: field {error} is missing") from None
-        except (TypeError, ValueError, AttributeError, LookupError) as error:
+        except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
             raise InputError(f"{self.where(index)}: a field has the wrong form ({error})") from None
-
-
-# ---------------------------------------------------------------- rows
-
-
-class Rows:
-    """Rows of a JSON list, a JSONL file, or Parquet files, as dicts.
-
-    JSONL and Parquet stay on disk: of the first the places of the lines are kept, of the second one row group.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = existing(path, folder=True)
-        self._rows: _Parquet | _Lines | list[Any]
-        if self.path.is_dir() or self.path.suffix == ".parquet":
-            self._rows = _Parquet(self.path)
-        elif self.path.suffix == ".jsonl":
-            self._rows = _Lines(self.path)
-        else:
-            self._rows = load_json(self.path)
-            if not isinstance(self._rows, list):
-                raise InputError(f"{self.path}: expected a JSON list of records, got {type(self._rows).__name__}")
-        if not len(self):
-            raise InputError(f"{self.path}: the file holds no records")
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Record:
-        row = self._rows[index]
-        if not isinstance(row, dict):
-            raise InputError(f"expected an object, got {type(row).__name__}")
-        return dict(row)
-
-
-class _Lines:
-    """Lines of a JSONL file that are not blank."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        found, start = array.array("q"), 0  # compact: files have millions of lines
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                stop = start + len(line)
-                if line.strip():
-                    found.extend((start, stop, number))
-                start = stop
-        self.places = np.array(found, np.int64).reshape(-1, 3)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> Any:
-        start, stop, line = self.places[index].tolist()
-        with self.path.open("rb") as file:  # opened anew: threads share this object
-            file.seek(start)
-            raw = file.read(stop - start)
-        try:
-            return json.loads(raw, parse_constant=_refuse)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"line {line} is not JSON ({error})") from None
-
-
-class _Parquet:
-    """Rows of one or more Parquet files, one row group in memory."""
-
-    def __init__(self, path: Path):
-        import pyarrow
-        import pyarrow.parquet
-
-        self.files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        if not self.files:
-            raise InputError(f"{path}: the folder holds no *.parquet files")
-        groups = []
-        for number, file in enumerate(self.files):
-            try:
-                meta = pyarrow.parquet.read_metadata(file)
-            except (OSError, pyarrow.ArrowException) as error:
-                raise InputError(f"{file}: not readable as Parquet ({error})") from None
-            groups += [(number, group, meta.row_group(group).num_rows) for group in range(meta.num_row_groups)]
-        self.groups = groups
-        self.ends = np.cumsum([0, *(rows for *_, rows in groups)])
-        self._open()
-
-    def _open(self) -> None:
-        self._lock, self._held = threading.Lock(), -1
-        self._table: Any = None
-
-    def __getstate__(self):
-        return {"files": self.files, "groups": self.groups, "ends": self.ends}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._open()
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, index: int) -> Record:
-        import pyarrow.parquet
-
-        group = int(np.searchsorted(self.ends, index, side="right")) - 1
-        with self._lock:
-            if group != self._held:
-                number, inside, _ = self.groups[group]
-                with pyarrow.parquet.ParquetFile(self.files[number]) as file:
-                    self._table, self._held = file.read_row_group(inside), group
-            table = self._table
-        return table.slice(index - int(self.ends[group]), 1).to_pylist()[0]
-
-
-def existing(path: str | Path, folder: bool = False) -> Path:
-    """The path of a dataset file (with `folder`, or folder). InputError where it is missing or an empty file."""
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise InputError(f"{path}: dataset not found")
-    if path.is_dir():
-        if not folder:
-            raise InputError(f"{path}: this is a folder; give the file in it")
-    elif path.stat().st_size == 0:
-        raise InputError(f"{path}: the dataset file is empty")
-    return Path(os.path.abspath(path))
-
-
-def load_json(path: Path) -> Any:
-    """The value in a JSON file. InputError, with the place of the mistake, where it is none."""
-    try:
-        return json.loads(path.read_bytes(), parse_constant=_refuse)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a finite number")
 
 
 # ---------------------------------------------------------------- fields
@@ -204,7 +72,7 @@ def numbers(value: Any, count: int | None, field: str) -> list[float]:
     if items is None or (count is not None and len(items) != count):
         raise InputError(f"{field}: expected {'' if count is None else f'{count} '}numbers, got {shorten(value)}")
     for item in items:
-        if isinstance(item, bool) or not isinstance(item, int | float | np.number) or not math.isfinite(item):
+        if isinstance(item, bool) or not isinstance(item, int | float | np.number) or not abs(item) <= LARGEST:
             raise InputError(f"{field}: {shorten(item)} is not a finite number")
     return [float(item) for item in items]
 
@@ -244,50 +112,42 @@ def choose(value: str, known: Iterable[str], option: str) -> str:
 
 def shorten(value: Any, length: int = 60) -> str:
     """A value for a message."""
-    shown = repr(value)
-    return shown if len(shown) <= length else shown[:length] + ".."
+    text = repr(value)
+    return text if len(text) <= length else text[:length] + ".."
 
 
 # ---------------------------------------------------------------- images
 
 
-def image_size(image: Any) -> list[int]:
-    """[W, H] of an image, upright, from its header alone where it is a file. InputError where it cannot be read."""
-    if isinstance(image, np.ndarray):
-        return [image.shape[1], image.shape[0]]
-    if isinstance(image, Image.Image):
-        return _upright(image)
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return _upright(opened)
-    except FileNotFoundError:
-        raise InputError(f"{image}: image file not found") from None
-    except Exception as error:
-        shown = image if isinstance(image, str) else "image"
-        raise InputError(f"{shown}: cannot be read as an image ({error})") from None
-
-
-def _upright(image: Image.Image) -> list[int]:
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return [image.height, image.width] if turned else [image.width, image.height]
-
-
 def media(value: Any, root: Path) -> Any:
     """A cell that holds an image or a video: a path made absolute, or what the file holds itself.
 
-    Hugging Face's {"bytes", "path"} is resolved; links are left to the loader, which refuses them.
+    Hugging Face's {"bytes", "path"} and OpenAI's {"url"} are resolved, data URIs decoded; links are left to the loader,
+    which refuses them.
     """
     if isinstance(value, Mapping):
         if value.get("bytes") is not None:
             return value["bytes"]
         value = value.get("path", value.get("url"))
     if isinstance(value, str):
-        if "://" in value or value.startswith("data:"):
+        if value.startswith("data:"):
+            return data_uri(value)
+        if "://" in value and not value.startswith("file://"):
             return value
         return str(root / value.removeprefix("file://"))
     if value is None:
         raise InputError("an image or a video is empty")
     return value
+
+
+def media_key(value: Any) -> Hashable:
+    """Equal for the same picture or video: its path, a digest of its bytes; None where that cannot be told."""
+    if isinstance(value, list | tuple):
+        keys = tuple(map(media_key, value))
+        return keys if None not in keys else None
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).digest()
+    return value if isinstance(value, str) else None
 
 
 def image_root(path: Path, images: str | None, sample: str | None) -> Path:
@@ -299,8 +159,8 @@ def image_root(path: Path, images: str | None, sample: str | None) -> Path:
     """
     if images is not None:
         root = Path(images).expanduser()
-        if not root.is_dir():
-            raise InputError(f"{root}: the images folder does not exist")
+        if not os.path.isdir(root):
+            raise InputError(f"{shown(root)}: the images folder does not exist")
         return root.absolute()
     here = path if path.is_dir() else path.parent
     if sample is None or Path(sample).is_absolute() or "://" in sample:
@@ -309,10 +169,10 @@ def image_root(path: Path, images: str | None, sample: str | None) -> Path:
     tried = [here / "images", here, here / split]
     tried += [here.parent / "images", here.parent / split, here.parent / "images" / split, here.parent]
     for folder in tried:
-        if (folder / sample).is_file():
+        if os.path.isfile(folder / sample):
             return folder
     listed = ", ".join(str(folder) for folder in dict.fromkeys(tried) if folder.is_dir())
-    raise InputError(f"{path}: its image {sample!r} is in none of {listed}; name the folder with images=FOLDER")
+    raise InputError(f"{path}: its image {shown(sample)!r} is in none of {listed}; name the folder with images=FOLDER")
 
 
 # ---------------------------------------------------------------- sources of rows
@@ -320,6 +180,8 @@ def image_root(path: Path, images: str | None, sample: str | None) -> Path:
 
 class RowSource(Source):
     """Rows of a file, each made a record by `parse(row, root)`; `root` is the folder of the images."""
+
+    kind = ""  # of the spec that it was opened with
 
     def __init__(self, rows: Rows | Sequence[Record], parse: Callable[[Record, Path], Record], path: Path, root: Path):
         self.rows, self.parse, self.name, self.root = rows, parse, str(path), root
@@ -329,5 +191,9 @@ class RowSource(Source):
 
     def _record(self, index: int) -> Record:
         row = self.rows[index]
-        record = self.parse(row, self.root)
-        return {**record, "id": str(row.get("id", index))}
+        try:
+            record = self.parse(row, self.root)
+        except KeyError as error:
+            raise InputError(f"field {error} is missing; {nearest(row, self.kind)}") from None
+        name = row.get("id")
+        return {**record, "id": str(index if name is None else name)}

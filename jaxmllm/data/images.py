@@ -1,4 +1,4 @@
-"""Images on the host: loading, resizing, patches in Hugging Face's order, and the window order the vision tower wants.
+"""Images on the host: resizing, patches in Hugging Face's order, and the window order the vision tower wants.
 
 numpy and Pillow only. Pixels equal transformers' `Qwen2VLImageProcessorPil` bit for bit; the windows are those of
 transformers' `get_vision_window_index`.
@@ -6,7 +6,6 @@ transformers' `get_vision_window_index`.
 
 import dataclasses
 import functools
-import io
 import json
 import math
 from collections.abc import Mapping
@@ -15,15 +14,15 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
 from jaxmllm.config import ModelConfig
+from jaxmllm.data.decoding import LARGEST_SOURCE_PIXELS, MAX_SOURCE_PIXELS, check_size, load_image
 from jaxmllm.errors import InputError
 
-MAX_ASPECT_RATIO = 200  # of the longer to the shorter side, Qwen's limit
+NAMED_TOKENS = (4, 16384)  # fewest and most vision tokens of a size that is asked for by name: qwen-vl-utils' limits
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow clips these to 255 instead of scaling them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +37,13 @@ class PixelConfig:
     max_pixels: int = 28 * 28 * 1280
     image_mean: tuple[float, float, float] = CLIP_MEAN  # of RGB in 0..1
     image_std: tuple[float, float, float] = CLIP_STD
+    max_source_pixels: int = MAX_SOURCE_PIXELS  # of a stored image; a larger one is refused before it is decoded
 
     def __post_init__(self):
+        if not 1 <= self.max_source_pixels <= LARGEST_SOURCE_PIXELS:
+            raise InputError(
+                f"max_source_pixels {self.max_source_pixels}: need 1 to {LARGEST_SOURCE_PIXELS}, Pillow's limit"
+            )
         if not 1 <= self.min_pixels <= self.max_pixels:
             raise InputError(
                 f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels}: need 1 <= min_pixels <= max_pixels"
@@ -196,75 +200,6 @@ def write_limits(folder: str | Path, min_pixels: int, max_pixels: int) -> None:
             path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------- loading
-
-
-def local_path(source: str | Path, name: str) -> Path:
-    """The path of a file or folder; `file://` is dropped. InputError for a link: nothing is downloaded here."""
-    text = str(source).removeprefix("file://")
-    if "://" in text or text.startswith("data:"):
-        raise InputError(f"{name}: {text[:80]!r} is a link; download it and give the file's path")
-    return Path(text)
-
-
-def load_image(source: Any, name: str = "") -> Image.Image:
-    """An upright RGB image from a path, encoded bytes, a Pillow image or a uint8 array [H, W], [H, W, 1 | 3 | 4].
-
-    As transformers' `load_image`: EXIF orientation is applied, then Pillow converts to RGB (palette and CMYK are
-    converted, alpha is dropped). 16-bit and float images, which that would clip to white, are refused.
-    Raises InputError naming the file (or `name`) when it is missing, truncated, no image, empty, or longer than
-    200 times its width, and for a link.
-    """
-    path = None
-    if isinstance(source, str | Path):
-        path = local_path(source, name or "image")
-        if not path.is_file():
-            raise InputError(f"{path}: image file not found")
-    name = str(path) if path else name or f"image ({type(source).__name__})"
-    image: Image.Image
-    try:
-        if path:
-            with Image.open(path) as image:
-                image.load()
-        elif isinstance(source, bytes | bytearray):
-            image = Image.open(io.BytesIO(source))
-            image.load()
-        elif isinstance(source, Image.Image):
-            image = source
-        elif hasattr(source, "__array__"):
-            image = _from_array(np.asarray(source), name)
-        else:
-            raise InputError(f"{name}: expected a path, bytes, a Pillow image or a uint8 array")
-        if image.mode in DEEP_MODES:
-            raise InputError(f"{name}: mode {image.mode} (16-bit or float) is not supported; convert it to 8-bit RGB")
-        check_size(*image.size, name)
-        image = ImageOps.exif_transpose(image).convert("RGB")
-    except InputError:
-        raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, DecompressionBombError...
-        raise InputError(f"{name}: cannot be read as an image, it may be truncated or no image ({error})") from None
-    return image
-
-
-def _from_array(array: np.ndarray, name: str) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise InputError(
-            f"{name}: expected a uint8 array [H, W] or [H, W, 1 | 3 | 4], got {array.dtype} {list(array.shape)}"
-        )
-    check_size(array.shape[1], array.shape[0], name)
-    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
-
-
-def check_size(width: int, height: int, name: str) -> None:
-    """Raises InputError for an image without pixels or beyond Qwen's aspect ratio."""
-    if min(width, height) < 1:
-        raise InputError(f"{name}: the image is empty, {width} x {height} px")
-    if max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
-        raise InputError(
-            f"{name}: {width} x {height} px; one side is more than {MAX_ASPECT_RATIO} times the other, crop the image"
-        )
-
-
 # ---------------------------------------------------------------- pixels
 
 
@@ -319,9 +254,34 @@ def to_patches(
     return patches.reshape(t, -1, cfg.patch_pixels)
 
 
-def _resized(image: Any, cfg: PixelConfig, name: str = "") -> UInt8[np.ndarray, "H W 3"]:
-    image = load_image(image, name)
-    height, width = smart_resize(image.height, image.width, cfg.factor, cfg.min_pixels, cfg.max_pixels)
+def resized_size(
+    height: int, width: int, cfg: PixelConfig, options: Mapping[str, int] | None = None
+) -> tuple[int, int]:
+    """(height, width) of the resized image. `options` are a part's own: qwen-vl-utils' `min_pixels`, `max_pixels`,
+    `resized_height` and `resized_width`; where a part gives one limit, the config's other one gives way."""
+    options = options or {}
+    if "resized_height" in options:
+        unit = cfg.factor**2
+        return smart_resize(
+            options["resized_height"], options["resized_width"], cfg.factor, *(n * unit for n in NAMED_TOKENS)
+        )
+    cfg = limited(cfg, options)
+    return smart_resize(height, width, cfg.factor, cfg.min_pixels, cfg.max_pixels)
+
+
+def limited(cfg: PixelConfig, options: Mapping[str, int]) -> PixelConfig:
+    """The config with the limits among `options`."""
+    low, high = options.get("min_pixels", cfg.min_pixels), options.get("max_pixels", cfg.max_pixels)
+    if low > high:
+        low, high = (low, low) if "min_pixels" in options else (high, high)
+    return dataclasses.replace(cfg, min_pixels=low, max_pixels=high)
+
+
+def _resized(
+    image: Any, cfg: PixelConfig, name: str = "", options: Mapping[str, int] | None = None
+) -> UInt8[np.ndarray, "H W 3"]:
+    image = load_image(image, name, cfg.max_source_pixels)
+    height, width = resized_size(image.height, image.width, cfg, options)
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
@@ -387,6 +347,6 @@ def to_frames(
     return Frames(patches, positions, grid, layout.token_index, seconds_per_grid)
 
 
-def image_frames(image: Any, cfg: PixelConfig, name: str = "") -> Frames:
-    """An image as a clip of one frame. Raises InputError as `load_image`, with its `name`."""
-    return to_frames(_resized(image, cfg, name)[None, None], _normalised(cfg), cfg)
+def image_frames(image: Any, cfg: PixelConfig, name: str = "", options: Mapping[str, int] | None = None) -> Frames:
+    """An image as a clip of one frame, `options` as in `resized_size`. Raises InputError as `load_image`, with its `name`."""
+    return to_frames(_resized(image, cfg, name, options)[None, None], _normalised(cfg), cfg)

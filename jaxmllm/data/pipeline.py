@@ -19,6 +19,7 @@ from jaxtyping import Int
 from jaxmllm.data.chat import Buckets, Processor, collate, collate_completions
 from jaxmllm.data.examples import AnswerEncoder, Asking, Encoded, PromptEncoder, Weigh
 from jaxmllm.data.sources import ENDLESS, RecordSource, order, where
+from jaxmllm.data.turns import all_turns
 from jaxmllm.errors import InputError
 from jaxmllm.types import Completions, Prompts, Vision
 
@@ -373,15 +374,19 @@ def sft_batches(
     asking: Asking | None = None,
     questions: int = 1,
     weigh: Weigh | None = None,
+    mask_history: bool = False,
     **options: Any,
 ) -> Batches:
     """Gold answers to learn: `Batch(records, index, prompts, completions)`, G = `questions` completions a prompt.
 
     A source that knows several records of one image (`Grouped`, the world) gives up to G of them, drawn anew each time;
     rows are filled with completions of length 0. Weights are 1 on the tokens of an answer and its end, times what
-    `weigh(record, tokens)` says, and 0 elsewhere. Chat records have one completion. Options as in `rl_batches`.
+    `weigh(record, tokens)` says, and 0 elsewhere. Chat records have one completion; of chats with pictures in
+    several turns each turn's answers have a row (see `turns`), unless `mask_history`: the last answer alone is learned, as in
+    LLaMA-Factory. Options as in `rl_batches`.
     """
     if questions < 1:
         raise InputError(f"questions: {questions} must be at least 1")
-    encode = AnswerEncoder(processor, asking or Asking(), buckets, questions, seed, weigh)
+    encode = AnswerEncoder(processor, asking or Asking(), buckets, questions, seed, weigh, mask_history)
+    source = source if mask_history else all_turns(source)
     return batches(source, processor, encode, batch_size, buckets, seed, **options)

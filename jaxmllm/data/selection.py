@@ -6,7 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxmllm.data.formats import Record, Rows, Source, choose, existing
+from jaxmllm.data.formats import Record, Source, choose
+from jaxmllm.data.rows import Rows, existing
 from jaxmllm.errors import InputError
 
 

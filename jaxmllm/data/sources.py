@@ -6,11 +6,15 @@
 |                              | field of the world's spec that is no nested tuple)                                 |
 | `coco:FILE.json`             | COCO JSON (task=detection,counting,grounding categories=A,B crowd max_objects      |
 |                              | empty images order)                                                                |
-| `chat:FILE`                  | Hugging Face messages, or TRL's prompt / image(s) / solution (images; task: one of |
-|                              | `jaxmllm.tasks` or module:name, which reads, rewards and measures the answers)     |
-| `pr1:FILE`                   | Perception-R1's rows, or a YAML mixture of such files (task frame images seed)     |
-| `refcoco:PATH`               | RefCOCO, + and g: rows, a JSON release, or a folder prepared by TFDS               |
-|                              | (split dataset boxes images)                                                       |
+| `chat:FILE`                  | Hugging Face messages; TRL's prompt / image(s) / solution; conversations of LLaVA, |
+|                              | ShareGPT and VLM-R1; ms-swift's query / response; Alpaca; EasyR1's problem /       |
+|                              | answer; any table with a question and an answer (images; task: one of              |
+|                              | `jaxmllm.tasks` or module:name, which reads, rewards and measures answers)         |
+| `images:FOLDER`              | pictures; answers are a metadata file's, .txt files' or the subfolders' (prompt)   |
+| `pr1:FILE`                   | rows of Perception-R1 and VLM-R1, or a YAML mixture of such files                  |
+|                              | (task frame images seed)                                                           |
+| `refcoco:PATH`               | RefCOCO, + and g: rows (lmms-lab's too), a JSON release, or a folder prepared by   |
+|                              | TFDS (split dataset boxes images)                                                  |
 | `pixmo:FILE`                 | PixMo-Count (frame images)                                                         |
 | `pages:FILE`                 | pages with lines (images)                                                          |
 | `records:FILE`               | rows that already are records of this library (task images)                        |
@@ -20,11 +24,12 @@
 |                              | every answer of it, for dpo.loss_type lipo)                                        |
 | `tfds:FOLDER`                | records of the world that its TFDS builder wrote to ArrayRecord (split)            |
 
-FILE is .jsonl, .json (a list) or .parquet (also a folder of shards), unless it says otherwise. Options are written
-`coco:train.json?task=counting&categories=RBC,WBC`. Every spec also takes `sample` (first:N, end:N, random:N, N with or
-without %) with `seed`, `keep` (a file of `jaxmllm tpl --out`: the records that it keeps), `group` (records of one image
-together, see `Grouped`), `augment` (that many random views of each record, see `augment.Augmented`) with `crop`, and, among
-several specs, `weight`.
+FILE is .jsonl, .json (a list, or lines), .csv, .tsv or .parquet (also a folder of shards), unless it says otherwise.
+Options are written `coco:train.json?task=counting&categories=RBC,WBC`. Every spec also takes `sample` (first:N, end:N,
+random:N, N with or without %) with `seed`, `keep` (a file of `jaxmllm tpl --out`: the records that it keeps), `clip` (boxes
+that leave their picture are cut at its edges), `annotated` (stored or upright: the pixels on which boxes were drawn, see
+`annotations`), `group` (records of the same pictures together, see `Grouped`), `augment` (that many random views of each
+record, see `augment.Augmented`) with `crop`, and, among several specs, `weight`.
 """
 
 import dataclasses
@@ -43,23 +48,26 @@ import numpy as np
 
 from jaxmllm import tasks
 from jaxmllm.data import dialogues, records
+from jaxmllm.data.annotations import Placed
 from jaxmllm.data.augment import Augmented
 from jaxmllm.data.coco import CocoSource, referring_rows
-from jaxmllm.data.formats import Record, Rows, RowSource, Source, choose, existing, image_root, media
+from jaxmllm.data.formats import Record, RowSource, Source, choose, image_root, media
+from jaxmllm.data.image_folder import open_images
+from jaxmllm.data.rows import Exploded, Rows, existing, is_lines
 from jaxmllm.data.selection import RecordSource, all_records, image_key, kept, sample, where
 from jaxmllm.data.tfds import is_prepared, open_prepared
 from jaxmllm.errors import InputError
 from jaxmllm.world.source import DEFAULT_SPECS, WorldSource
 
 ENDLESS = 2**62  # length of an endless order
-COMMON = ("sample", "keep", "group", "weight", "augment", "crop")  # options that every spec takes
+COMMON = ("sample", "keep", "clip", "annotated", "group", "weight", "augment", "crop")  # options that every spec takes
 
 
 # ---------------------------------------------------------------- parts of sources
 
 
 class Grouped(Source):
-    """The records of each image together: item i is the first record of image i, `records(i)` are all of them.
+    """The records of the same pictures together: item i is the first record about pictures i, `records(i)` are all of them.
 
     Reads every row once; a source that knows its images without reading rows (COCO) is grouped at once.
     """
@@ -173,12 +181,15 @@ def _file(path: str, parse: Callable[..., Record], column: str, images: str | No
 def _rows(
     file: Path, rows: Any, parse: Callable[..., Record], column: str, images: str | None, **options: Any
 ) -> RowSource:
+    root = image_root(file, images, _first_image(_first(file, rows), column))
+    return RowSource(rows, partial(parse, **options), file, root)
+
+
+def _first(file: Path, rows: Any) -> Record:
     try:
-        row = rows[0]
+        return rows[0]
     except InputError as error:
         raise InputError(f"{file}, record 0: {error}") from None
-    root = image_root(file, images, _first_image(row, column))
-    return RowSource(rows, partial(parse, **options), file, root)
 
 
 def _first_image(row: Mapping[str, Any], column: str) -> str | None:
@@ -240,14 +251,26 @@ def open_refcoco(
     images: str | None = None,
     split: str | None = None,
     dataset: str | None = None,
-    boxes: str = "xyxy",
+    boxes: str | None = None,
 ) -> Source:
     file = existing(path, folder=True)
     if is_prepared(file):
         return open_prepared(file, split)
-    if file.is_dir() or (file.suffix == ".json" and _starts_with_object(file)):
+    if file.is_dir() or (file.suffix == ".json" and _starts_with_object(file) and not is_lines(file)):
         return _rows(file, referring_rows(file, split, dataset), records.referring, "file_name", images)
-    return _file(path, records.referring, "image", images, boxes=boxes)
+    rows: Any = Rows(file)
+    first = _first(file, rows)
+    if "answer" in first and "bbox" in first:  # lmms-lab's: several expressions a row, boxes as COCO writes them
+        rows, boxes = Exploded(rows, "answer", "question_id"), boxes or "xywh"
+    source = _rows(file, rows, records.referring, "image", images)
+    if boxes is None:
+        try:
+            boxes = records.box_form(rows, source.root)
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from None
+    return RowSource(
+        rows, partial(records.referring, boxes=choose(boxes, records.BOX_FORMS, "boxes")), file, source.root
+    )
 
 
 def _starts_with_object(path: Path) -> bool:
@@ -331,6 +354,7 @@ KINDS: dict[str, Callable[..., RecordSource]] = {
     "world": open_world,
     "coco": open_coco,
     "chat": open_chat,
+    "images": open_images,
     "pr1": open_pr1,
     "refcoco": open_refcoco,
     "pixmo": open_pixmo,
@@ -382,6 +406,8 @@ def _open(spec: str, options: Mapping[str, Any]) -> tuple[RecordSource, float | 
             raise InputError(f"{kind}: option {key!r} is unknown; it takes {', '.join([*known, *COMMON])}")
     values = {k: _convert(f"{kind}: {k}", v, hints[k]) if k in known else v for k, v in given.items()}
     source = KINDS[kind](path, **values)
+    if isinstance(source, RowSource):
+        source.kind = kind
     seed = _convert(f"{kind}: seed", seed, int) if common else 0
     if "sample" in common:
         source = sample(source, str(common["sample"]), seed)
@@ -389,6 +415,9 @@ def _open(spec: str, options: Mapping[str, Any]) -> tuple[RecordSource, float | 
         source = kept(source, str(common["keep"]))
     if not len(source):
         raise InputError(f"{spec}: no records are left")
+    if "clip" in common or "annotated" in common:
+        clip = _convert(f"{kind}: clip", common.get("clip", False), bool)
+        source = Placed(source, str(common.get("annotated", "stored")), clip)
     if "group" in common and _convert(f"{kind}: group", common["group"], bool):
         source = Grouped(source)
     if "augment" in common:

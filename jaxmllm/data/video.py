@@ -9,8 +9,9 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from jaxmllm.config import ModelConfig
-from jaxmllm.data.images import Frames, PixelConfig, load_image, local_path, pixel_config, read_json, smart_resize
+from jaxmllm.data.decoding import load_image, local_path, shown
+from jaxmllm.data.images import Frames, PixelConfig, limited, pixel_config, read_json, resized_size, smart_resize
 from jaxmllm.data.images import to_frames as frames_to_windows
 from jaxmllm.errors import InputError
 
@@ -99,12 +101,21 @@ def sample_frames(total: int, rate: float, fps: float | None, cfg: VideoConfig) 
     return (np.arange(math.ceil(total / spacing)) * spacing).astype(np.float32).astype(np.int64)
 
 
-def frame_size(frames: int, height: int, width: int, cfg: VideoConfig) -> tuple[int, int]:
-    """(height, width) to which each of `frames` frames is resized: its own limit and its share of the video's."""
-    pixels = cfg.pixels
-    most = pixels.max_pixels
-    if cfg.max_video_tokens is not None:
+def frame_size(
+    frames: int, height: int, width: int, cfg: VideoConfig, size: Mapping[str, int] | None = None
+) -> tuple[int, int]:
+    """(height, width) to which each of `frames` frames is resized: its own limit and its share of the video's.
+
+    `size`: qwen-vl-utils' `total_pixels`, of all frames together, and the options of `resized_size`.
+    """
+    size = size or {}
+    if "resized_height" in size:
+        return resized_size(height, width, cfg.pixels, size)
+    pixels = limited(cfg.pixels, size)
+    most, budget = pixels.max_pixels, size.get("total_pixels")
+    if budget is None and cfg.max_video_tokens is not None:
         budget = int(cfg.max_video_tokens * pixels.factor**2 * 0.9)
+    if budget is not None:
         most = max(min(most, budget * pixels.temporal_patch_size // frames), int(pixels.min_pixels * 1.05))
     return smart_resize(height, width, pixels.factor, pixels.min_pixels, most)
 
@@ -120,13 +131,18 @@ def load_video(
     source_fps: float | None = None,
     min_frames: int | None = None,
     max_frames: int | None = None,
+    nframes: int | None = None,
+    video_start: float | None = None,
+    video_end: float | None = None,
     name: str = "video",
+    **size: int,
 ) -> Clip:
     """Samples and resizes a video: a file, a folder of images, a list of images, or a uint8 array [n, H, W, 3].
 
     A file is sampled at `fps` frames a second (default: the config's). Frames given one by one count as sampled
     already, at `fps` a second, unless `source_fps` says how many a second they are: then they are sampled like a file.
-    Either way at most `max_frames` are taken. Only sampled frames are held, already resized.
+    Either way at most `max_frames` are taken, or exactly `nframes`, rounded to temporal patches. `video_start` and
+    `video_end` cut a part out first, seconds. `size`: see `frame_size`. Only sampled frames are held, already resized.
     Raises InputError naming the file or frame when something is missing, truncated, empty or of another size.
     """
     if max_frames is not None and min_frames is None:
@@ -135,22 +151,49 @@ def load_video(
     cfg = dataclasses.replace(cfg, **{key: value for key, value in changes.items() if value is not None})
     if source_fps is not None and not 0 < source_fps < math.inf:
         raise InputError(f"{name}: source_fps is {source_fps}; it must be a positive number")
-    if isinstance(source, str | Path) and not (path := local_path(source, name)).is_dir():
+    if isinstance(source, str | Path) and not os.path.isdir(path := local_path(source, name)):
         name = str(path)
         total, rate = _probe(path, source_fps)
-        indices = sample_frames(total, rate, cfg.fps, cfg)
+        first, total = _part(total, rate, video_start, video_end, name)
+        indices = first + (_exactly(nframes, total, cfg, name) if nframes else sample_frames(total, rate, cfg.fps, cfg))
         images = _decode(path, indices)
     else:
         items = _items(source, name)
-        total, rate = len(items), source_fps or cfg.fps
-        indices = sample_frames(total, rate, cfg.fps if source_fps else None, cfg)
-        images = (load_image(items[i], f"{name}: frame {i}") for i in indices)
-    return Clip(_resize_all(images, indices, cfg, name), indices, len(indices) / total * rate)
+        rate = source_fps or cfg.fps
+        first, total = _part(len(items), rate, video_start, video_end, name)
+        sampled = sample_frames(total, rate, cfg.fps if source_fps else None, cfg)
+        indices = first + (_exactly(nframes, total, cfg, name) if nframes else sampled)
+        images = (load_image(items[i], f"{name}: frame {i}", cfg.pixels.max_source_pixels) for i in indices)
+    return Clip(_resize_all(images, indices, cfg, name, size), indices, len(indices) / total * rate)
 
 
-def _resize_all(images: Iterator[Image.Image], indices: np.ndarray, cfg: VideoConfig, name: str) -> np.ndarray:
+def _part(total: int, rate: float, start: float | None, end: float | None, name: str) -> tuple[int, int]:
+    """First frame and number of frames between two times, seconds; the frame at `end` belongs to it, as in qwen-vl-utils."""
+    if start is None and end is None:
+        return 0, total
+    first = max(math.ceil((start or 0) * rate), 0)
+    last = min(math.floor(end * rate), total - 1) if end is not None else total - 1
+    if not first <= last:
+        raise InputError(
+            f"{name}: nothing lies between video_start {start or 0} s and video_end {end if end is not None else 'its end'}; "
+            f"the video is {total / rate:g} s long"
+        )
+    return first, last - first + 1
+
+
+def _exactly(count: int, total: int, cfg: VideoConfig, name: str) -> Int[np.ndarray, "n"]:
+    step = cfg.pixels.temporal_patch_size
+    rounded = round(count / step) * step
+    if not step <= rounded <= total:
+        raise InputError(f"{name}: nframes is {count}; the video has {total} frames and needs at least {step}")
+    return np.arange(rounded) * total // rounded
+
+
+def _resize_all(
+    images: Iterator[Image.Image], indices: np.ndarray, cfg: VideoConfig, name: str, size: Mapping[str, int]
+) -> np.ndarray:
     first = next(images)
-    height, width = frame_size(len(indices), first.height, first.width, cfg)
+    height, width = frame_size(len(indices), first.height, first.width, cfg, size)
     frames = np.empty((len(indices), height, width, 3), np.uint8)
     for place, image in enumerate(itertools.chain([first], images)):
         if image.size != first.size:
@@ -188,8 +231,8 @@ def _open(path: Path):
 
 def _probe(path: Path, rate: float | None) -> tuple[int, float]:
     """Number of frames and frames a second of a video file."""
-    if not path.is_file():
-        raise InputError(f"{path}: video file not found")
+    if not os.path.isfile(path):
+        raise InputError(f"{shown(path)}: video file not found")
     try:
         with _open(path) as container:
             if not container.streams.video:

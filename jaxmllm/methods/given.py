@@ -48,6 +48,8 @@ HELD_OUT: Mapping[str, Direction] = {"loss": "lower", "perplexity": "lower"}  # 
 class AnswerWork(Work):
     """A method that makes one update on each batch of given answers."""
 
+    mask_history = False  # of a conversation the last answer alone counts
+
     def __init__(self, context: Context, batches: Batches, questions: int):
         self.context, self.batches, self.questions = context, batches, questions
 
@@ -91,7 +93,9 @@ class AnswerWork(Work):
     def _held_out(self, state: TrainState, source: RecordSource, limit: int) -> dict[str, float]:
         sums: dict[str, np.ndarray] = {}
         records = 0
-        with answer_batches(self.context, self.questions, source=source, shuffle=False) as batches:
+        with answer_batches(
+            self.context, self.questions, source=source, shuffle=False, mask_history=self.mask_history
+        ) as batches:
             for batch in batches:
                 logps = self.score(state.params, batch)
                 for figure, pair in self.figures(state, batch, logps).items():

@@ -116,8 +116,11 @@ class SFTWork(given.AnswerWork):
     def __init__(self, method: "SFT", context: Context):
         weigh = weigh_parts(context.model.tokenizer, method.first_corner_weight, method.label_weight)
         super().__init__(
-            context, given.answer_batches(context, method.questions_per_image, weigh), method.questions_per_image
+            context,
+            given.answer_batches(context, method.questions_per_image, weigh, mask_history=method.mask_history),
+            method.questions_per_image,
         )
+        self.mask_history = method.mask_history
         self.loss_norm = method.loss_norm
 
     def update(self, state: TrainState, prompts: Prompts, completions: Completions, batch: Batch) -> tuple[Any, dict]:
@@ -134,6 +137,7 @@ class SFT(Method):
     first_corner_weight: float = 1.0  # weight of the first two numbers of each box in the loss
     label_weight: float = 1.0  # weight of the words of each label in the loss
     loss_norm: Literal["sample", "token"] = "token"  # see `cross_entropy`
+    mask_history: bool = False  # of a conversation learn the last answer alone, not those of all turns
 
     def problems(self, facts: Facts) -> list[str]:
         found = []

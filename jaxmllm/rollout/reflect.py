@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from jaxmllm.data.dialogues import Conversation, Turn, conversation, pictures, say
+from jaxmllm.data.parts import spelled
 from jaxmllm.tasks import captioning
 
 Generate = Callable[[list[Conversation]], Sequence[str]]
@@ -201,14 +202,14 @@ def reflect(
     for t in range(turns if records else 0):
         asked = [conversation(r, q, d, system) for r, q, d in zip(records, questions, dialogues, strict=True)]
         for dialogue, text in zip(dialogues, _exactly(generate(asked), len(asked), "policy"), strict=True):
-            dialogue.append({"response": text, "score": None, "rationale": "", "feedback": None})
+            dialogue.append({"response": spelled(text), "score": None, "rationale": "", "feedback": None})
         last = t == turns - 1
         if last and not score_last:
             break
         for record, dialogue, said in zip(records, dialogues, critic(records, questions, dialogues), strict=True):
             dialogue[-1] |= {"score": said.score, "rationale": said.rationale}
             if not last:
-                dialogue[-1]["feedback"] = feedback(said, f"{record.get('id')}/{t}", wording_of(record))
+                dialogue[-1]["feedback"] = spelled(feedback(said, f"{record.get('id')}/{t}", wording_of(record)))
     return [
         {"id": r.get("id"), "question": q, "turns": d, "final": d[-1]["response"], "best_turn": _best_turn(d)}
         for r, q, d in zip(records, questions, dialogues, strict=True)
@@ -267,6 +268,7 @@ def sample_candidates(
     asked = [conversation(item["record"], item["question"], system=system) for item in items]
     for t in sorted(temperatures):
         for item, text in zip(items, _exactly(generate(asked, temperature=t), len(asked), "policy"), strict=True):
+            text = spelled(text)
             if all(text != other["response"] for other in item["candidates"]):
                 item["candidates"].append({"response": text, "temperature": float(t)})
     return items
@@ -341,7 +343,7 @@ def build_dialogue(
             "response": c["response"],
             "temperature": c["temperature"],
             "reward": c["reward"],
-            "feedback": feedback(Critique(c["reward"], c["reason"], source != "rule"), f"{key}/{k}", wording),
+            "feedback": spelled(feedback(Critique(c["reward"], c["reason"], source != "rule"), f"{key}/{k}", wording)),
         }
         for k, c in enumerate(chosen)
     ]

@@ -294,6 +294,19 @@ def labelled_boxes(body: str, style: str) -> list[Labelled | None] | None:
     return [None if box is None else (box, label) for box, label in boxes]
 
 
+def plain_label(label: str) -> str:
+    """A label without what is only spelling: case, blanks, a full stop at its end."""
+    return " ".join(label.casefold().replace("_", " ").split()).strip(" .,;:!\"'")
+
+
+def by_spelling(names: Iterable[str]) -> dict[str, str]:
+    """Each name by its `plain_label`; names that differ in spelling alone are left out, they must be written as they are."""
+    found: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        found.setdefault(plain_label(name), []).append(name)
+    return {plain: same[0] for plain, same in found.items() if len(same) == 1}
+
+
 def write_boxes(segments: Sequence[tuple[str, Int[np.ndarray, "_ 4"]]], style: str) -> str:
     """Whole-number boxes per label, as `style` writes them."""
     if not STYLES[choose(style, STYLES, "style")].json:

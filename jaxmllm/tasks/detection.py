@@ -20,6 +20,7 @@ The forms differ so:
   paper's missing penalty, minus 0.5 (m-k)/m, off by default.
 - Size weights (3 below 32 x 32, 2 below 96 x 96, else 1). Released: divided by (sum of IoUs x pairs), so two perfect
   large boxes score 0.5. Corrected: divided by the sum of weights.
+- A label that differs from a category in spelling alone. Released: another class. Corrected: that category.
 - Logging side effects of the released code (rewards appended twice without LOG_DIR) are not repeated.
 
 A known weakness of both: class and location are means over the matched pairs, so naming only the surest object (2.6 of
@@ -269,7 +270,7 @@ def parse(
         found = [answers.json_box(item) for item in answers.json_objects(body or "")]
     else:
         found = answers.labelled_boxes(body or "", style) or []
-    return _detections(found, answers.STYLES[style].frame, categories, keep_inverted=rules == "released")
+    return _detections(found, answers.STYLES[style].frame, categories, released=rules == "released")
 
 
 def read(
@@ -283,13 +284,21 @@ def read(
 
 
 def _detections(
-    found: Sequence[answers.Labelled | None], frame: str, categories: Sequence[str] | None, keep_inverted: bool = False
+    found: Sequence[answers.Labelled | None], frame: str, categories: Sequence[str] | None, released: bool = False
 ) -> Detections:
-    """Good elements as arrays; inverted boxes and labels outside `categories` count as bad."""
-    allowed = None if categories is None else set(categories)
-    good = [item for item in found if item is not None and (allowed is None or item[1] in allowed)]
-    if not keep_inverted:
+    """Good elements as arrays; inverted boxes and labels outside `categories` count as bad.
+
+    A label that differs from a category in spelling alone (`Person`, `person.`) is that category. `released`: neither.
+    """
+    good = [item for item in found if item is not None]
+    if not released:
+        names = list(COCO_IDS if categories is None else categories)
+        meant = answers.by_spelling(names) | {name: name for name in names}
+        good = [(box, meant.get(label) or meant.get(answers.plain_label(label), label)) for box, label in good]
         good = [item for item in good if box_valid(item[0])]
+    if categories is not None:
+        allowed = set(categories)
+        good = [item for item in good if item[1] in allowed]
     return Detections(Boxes([box for box, _ in good], frame), [label for _, label in good], len(found) - len(good))
 
 

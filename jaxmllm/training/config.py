@@ -38,6 +38,7 @@ class DataConfig:
     system: str | None = None  # system turn of training prompts; None: the template's own (with `thinking`: R1's)
     min_pixels: int | None = None  # of a resized image; None: the checkpoint's
     max_pixels: int | None = None
+    max_source_pixels: int | None = None  # of a stored image; a larger one is a bad record. None: 89,478,485
     max_prompt_length: int = 1024  # tokens, vision included; a longer prompt is an error
     max_bad_records: int = 0  # records that may be unreadable before the run stops
     workers: int = 2  # threads that prepare batches ahead
@@ -162,7 +163,9 @@ AT_LEAST = {
     **dict.fromkeys((f"data.{name}" for name in ("eval_samples", "max_prompt_length", "min_pixels", "max_pixels")), 1),
     **dict.fromkeys(("data.max_bad_records",), 0),
     **dict.fromkeys(("optim.warmup_steps", "optim.weight_decay", "optim.max_grad_norm"), 0),
-    **dict.fromkeys(("data.workers", "optim.max_nonfinite_steps", "evaluation.max_new_tokens"), 1),
+    **dict.fromkeys(
+        ("data.max_source_pixels", "data.workers", "optim.max_nonfinite_steps", "evaluation.max_new_tokens"), 1
+    ),
 }
 OPTIONAL: dict[str, type] = {"lora": LoRAConfig, "sample_mesh": MeshConfig}  # parts that a config may leave out
 EXAMPLES = {"lora": "r 8", "sample_mesh": "fsdp 2"}

@@ -46,7 +46,10 @@ def load_model(config: TrainConfig, mesh: Mesh) -> api.Model:
     data = config.data
     shape: dict[str, Any] = dict(remat=config.remat, unroll=config.unroll)
     limits: dict[str, Any] = dict(
-        min_pixels=data.min_pixels, max_pixels=data.max_pixels, max_prompt_length=data.max_prompt_length
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+        max_source_pixels=data.max_source_pixels,
+        max_prompt_length=data.max_prompt_length,
     )
     if not config.from_scratch:
         model = api.load(config.model, mesh=mesh, dtype=config.param_dtype, **limits, **shape)
