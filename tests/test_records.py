@@ -476,7 +476,7 @@ def test_pages_and_own_records(tmp_path):
     row = {"task": "counting", "images": ["a.png"], "label": "cat", "count": 0, "points": [], "note": 3}
     record = open_source(f"records:{write(tmp_path / 'own.jsonl', [row, {'task': 'sums'}])}")
     assert record[0] == {**row, "id": "0", "images": [str(tmp_path / "a.png")]}
-    with pytest.raises(InputError, match="record 1: task: 'sums' is unknown; use one of grounding, counting"):
+    with pytest.raises(InputError, match="record 1: task 'sums' is unknown; use one of grounding, counting"):
         record[1]
 
 

@@ -250,7 +250,7 @@ BAD_SPECS = {
     "coco:{here}/train.json?sample=first:x": "sample: 'first:x' is unknown; use all, or first, end or random",
     "coco:{here}/train.json?sample=first:0": "no records are left",
     "coco:{here}/moved.json": r"its image 'gone\.png' is in none of .*; name the folder with images=FOLDER",
-    "chat:{here}/chat.jsonl?split=val": "'split' is unknown; it takes images, sample, keep, clip, annotated, group, weight",
+    "chat:{here}/chat.jsonl?split=val": "'split' is unknown; it takes images, task, sample, keep, clip, annotated, group, weight",
     "pixmo:{here}/nojson.jsonl": r"nojson\.jsonl, record 0: line 1 is not JSON",
     "tfds:{here}": "expected one dataset prepared by TFDS, found none",
     "world:juggling": "world: task: 'juggling' is unknown; use one of grounding",
