@@ -372,7 +372,7 @@ def test_bad_options(processor):
     with pytest.raises(InputError, match="the chat template does not keep texts as they are"):
         PromptEncoder(odd, Asking(), Buckets())
     with rl_batches([{"task": "sums"}], processor, 1, Buckets()) as batches:
-        with pytest.raises(InputError, match="record 0: task: 'sums' is unknown; use one of grounding"):
+        with pytest.raises(InputError, match="record 0: task 'sums' is unknown; use one of grounding"):
             next(batches)
 
 
