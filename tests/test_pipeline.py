@@ -364,7 +364,9 @@ def test_bad_options(processor):
         rl_batches([], processor, 1, Buckets())
     with pytest.raises(InputError, match="questions: 0 must be at least 1"):
         sft_batches(world(), processor, 1, Buckets(), questions=0)
-    with pytest.raises(InputError, match="option 'styles' is known to none of grounding, .*; known are .*style, thinking"):
+    with pytest.raises(
+        InputError, match="option 'styles' is known to none of grounding, .*; known are .*style, thinking"
+    ):
         Asking({"styles": "qwen2_vl"})
     trimmed = small_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content | upper }}{% endfor %}")
     odd = Processor.__new__(Processor)
