@@ -489,14 +489,3 @@ def test_real_pages():
     for i, row in enumerate(rows):
         assert source[i]["text"].split("\n") == [line["text"] for line in row["lines"]]
         assert image_size(source[i]["images"][0]) == source[i]["size"] == [row["width"], row["height"]]
-
-
-def test_image_size_is_that_of_the_upright_image(tmp_path):
-    from jaxmllm.data.images import load_image
-
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        path = picture(tmp_path / f"{orientation}.jpg", 30, 20, exif=exif)
-        assert image_size(str(path)) == list(load_image(path).size)
-        assert image_size(path.read_bytes()) == image_size(Image.open(path)) == image_size(str(path))

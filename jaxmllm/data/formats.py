@@ -72,7 +72,7 @@ def numbers(value: Any, count: int | None, field: str) -> list[float]:
     if items is None or (count is not None and len(items) != count):
         raise InputError(f"{field}: expected {'' if count is None else f'{count} '}numbers, got {shorten(value)}")
     for item in items:
-        if isinstance(item, bool) or not isinstance(item, int | float | np.number) or not abs(item) <= LARGEST:
+        if isinstance(item, bool) or not isinstance(item, int | float | np.number) or not abs(float(item)) <= LARGEST:
             raise InputError(f"{field}: {shorten(item)} is not a finite number")
     return [float(item) for item in items]
 
