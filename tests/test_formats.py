@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from jaxmllm import api
+from jaxmllm.data.decoding import image_size
 from jaxmllm.data.examples import Sized
 from jaxmllm.data.images import PixelConfig, load_image
 from jaxmllm.data.sources import open_source
@@ -292,11 +293,10 @@ def test_json_that_others_would_refuse(folder, text, message):
 
 
 def test_image_size_is_that_of_the_upright_image(tmp_path):
-    from jaxmllm.data.images import load_image
-
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        path = picture(tmp_path / f"{orientation}.jpg", 30, 20, exif=exif)
+        path = tmp_path / f"{orientation}.jpg"
+        Image.new("RGB", (30, 20)).save(path, exif=exif)
         assert image_size(str(path)) == list(load_image(path).size)
         assert image_size(path.read_bytes()) == image_size(Image.open(path)) == image_size(str(path))
