@@ -29,6 +29,7 @@ config = TrainConfig(
     ),
     optim=OptimConfig(learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=20, weight_decay=0.01),
     evaluation=EvaluationConfig(max_new_tokens=256),
+    eval_on_start=False,
     logging_steps=20,
     save_steps=210,
 )

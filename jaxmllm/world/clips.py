@@ -7,8 +7,10 @@ import numpy as np
 from jaxtyping import Int8, UInt8
 
 from jaxmllm.errors import InputError
+from jaxmllm.world.dynamics import EVENTS, Event, draw_course, seen
+from jaxmllm.world.dynamics import actions as dynamics_actions
 from jaxmllm.world.scenes import SceneObject, SceneSpec, draw_layout, draw_objects
-from jaxmllm.world.streams import Stream
+from jaxmllm.world.streams import EVENT, Stream
 
 STILL = "standing still"
 MOTIONS = {
@@ -18,6 +20,7 @@ MOTIONS = {
     "moving up": (0, -1),
 }
 _PLACES = (("upper left", "top", "upper right"), ("left", "centre", "right"), ("lower left", "bottom", "lower right"))
+_RETRIES = 256  # layouts tried for one clip
 _TRIES = 24  # motions tried for one object before it is left where it is
 Box = tuple[int, int, int, int]
 
@@ -35,11 +38,14 @@ class ClipSpec:
     turn: float = 0.25  # chance that an object changes what it does on the way
     leave: float = 0.0  # chance that an object may move out of the view; it has no box where less than half is seen
     crossing: float = 0.35  # largest share of a box that another box may cover in any frame
+    events: tuple[str, ...] = ()  # of dynamics.EVENTS: each clip has one of them, in place of turns and free motion
     subjects: int = 4  # most subjects that an answer traces
     kinds: tuple[str, ...] = ()  # kinds of question asked about the clip, of its task; none named: all
     max_static: float = 1.0  # most that one frame and the prompt may tell of a questioned track, as an overlap
 
     def __post_init__(self):
+        if not set(self.events) <= set(EVENTS):
+            raise InputError(f"ClipSpec.events: {self.events!r} must be of {', '.join(EVENTS)}")
         if self.subjects < 1:
             raise InputError("ClipSpec.subjects: must be at least 1")
         if self.frames < 2 or self.horizon < 0 or self.fps <= 0:
@@ -73,6 +79,7 @@ class Clip:
     movers: tuple[Mover, ...]
     ground: str  # of drawing.GROUNDS
     address: tuple[int, str, int]  # seed, split, index
+    event: Event | None = None  # what happens, with `spec.events`
 
     @property
     def size(self) -> tuple[int, int]:
@@ -185,12 +192,21 @@ def make_clip(spec: ClipSpec, seed: int, split: str, index: int, attempt: int = 
     Raises:
         InputError: the objects do not fit, or nothing in this spec can move.
     """
-    for retry in range(64):
-        stream = Stream(seed, split, index, attempt=attempt * 64 + retry)
-        objects = draw_layout(spec.scene, split, stream, fewer=retry // 4)
+    event = Stream(seed, split, index, EVENT, attempt).choice(spec.events) if spec.events else ""
+    for retry in range(_RETRIES):
+        stream = Stream(seed, split, index, attempt=attempt * _RETRIES + retry)
+        # few layouts have what an event needs, such as two objects in a row
+        objects = draw_layout(spec.scene, split, stream, fewer=retry // (32 if spec.events else 4))
         if objects is None:
             continue
         kind = stream.choice(spec.scene.ground)
+        if spec.events:
+            course = draw_course(event, spec, objects, stream)
+            if course is None:
+                continue
+            boxes = seen(course, spec.scene.size)
+            told = zip(course.objects, boxes, map(dynamics_actions, course.paths), strict=True)
+            return Clip(spec, tuple(Mover(*parts) for parts in told), kind, (seed, split, index), course.event)
         movers: list[Mover] = []
         for thing in objects:
             mover = _mover(spec, thing, [list(m.boxes) for m in movers], stream)
@@ -201,6 +217,6 @@ def make_clip(spec: ClipSpec, seed: int, split: str, index: int, attempt: int = 
         if moving and len(movers) == len(objects):
             return Clip(spec, tuple(movers), kind, (seed, split, index))
     raise InputError(
-        "ClipSpec: no clip with a moving object could be drawn; lower `still`, `speed`, `frames` or scene.objects, or "
-        "raise `crossing`"
+        "ClipSpec: no clip with a moving object could be drawn; lower `still`, `speed`, `frames` or scene.objects, "
+        "raise `crossing`, or allow other `events`"
     )

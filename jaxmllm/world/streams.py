@@ -24,7 +24,7 @@ _BLOCK = 64  # words fetched at a time
 _T = TypeVar("_T")
 
 # Purposes: independent streams of one item.
-CONTENT, PIXELS, QUESTIONS = 0, 1, 2
+CONTENT, PIXELS, QUESTIONS, EVENT = 0, 1, 2, 3
 
 
 def check_split(split: str) -> str:
