@@ -23,6 +23,9 @@
 |                              | or the best and worst answer of each reflection dialogue (images; answers=all:     |
 |                              | every answer of it, for dpo.loss_type lipo)                                        |
 | `tfds:FOLDER`                | records of the world that its TFDS builder wrote to ArrayRecord (split)            |
+| `mot:FOLDER` `got10k:FOLDER` | windows of annotated videos, with a query each (task=tracks,foresight frames rate  |
+| `lasot:FOLDER` `clips:FILE`  | horizon stride kinds subjects max_static min_visibility seed)                      |
+| `video:FOLDER`               | plain videos with one question (question)                                          |
 
 FILE is .jsonl, .json (a list, or lines), .csv, .tsv or .parquet (also a folder of shards), unless it says otherwise.
 Options are written `coco:train.json?task=counting&categories=RBC,WBC`. Every spec also takes `sample` (first:N, end:N,
@@ -47,7 +50,7 @@ import grain
 import numpy as np
 
 from jaxmllm import tasks
-from jaxmllm.data import dialogues, records
+from jaxmllm.data import clip_files, dialogues, records
 from jaxmllm.data.annotations import Placed
 from jaxmllm.data.augment import Augmented
 from jaxmllm.data.coco import CocoSource, referring_rows
@@ -363,6 +366,8 @@ KINDS: dict[str, Callable[..., RecordSource]] = {
     "reflection": open_reflection,
     "preference": open_preference,
     "tfds": open_tfds,
+    "video": clip_files.open_videos,
+    **{kind: clip_files.opener(kind) for kind in clip_files.READERS},
 }
 
 

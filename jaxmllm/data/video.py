@@ -153,10 +153,10 @@ def load_video(
         raise InputError(f"{name}: source_fps is {source_fps}; it must be a positive number")
     if isinstance(source, str | Path) and not os.path.isdir(path := local_path(source, name)):
         name = str(path)
-        total, rate = _probe(path, source_fps)
+        total, rate = probe_video(path, source_fps)
         first, total = _part(total, rate, video_start, video_end, name)
         indices = first + (_exactly(nframes, total, cfg, name) if nframes else sample_frames(total, rate, cfg.fps, cfg))
-        images = _decode(path, indices)
+        images = decode_frames(path, indices)
     else:
         items = _items(source, name)
         rate = source_fps or cfg.fps
@@ -229,7 +229,7 @@ def _open(path: Path):
         yield container
 
 
-def _probe(path: Path, rate: float | None) -> tuple[int, float]:
+def probe_video(path: Path, rate: float | None) -> tuple[int, float]:
     """Number of frames and frames a second of a video file."""
     if not os.path.isfile(path):
         raise InputError(f"{shown(path)}: video file not found")
@@ -252,7 +252,7 @@ def _probe(path: Path, rate: float | None) -> tuple[int, float]:
     return total, float(rate)
 
 
-def _decode(path: Path, indices: np.ndarray) -> Iterator[Image.Image]:
+def decode_frames(path: Path, indices: np.ndarray) -> Iterator[Image.Image]:
     """The frames at `indices` (ascending), upright. Those before them are decoded too: frames refer to each other."""
     wanted, found, place = set(indices.tolist()), 0, -1
     try:
