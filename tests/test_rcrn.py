@@ -61,7 +61,14 @@ SAMPLES = [(3, [(0, 1), (1, 2)], 5), (4, [(0, 1), (0, 2), (2, 3)], 6), (1, [], 2
 
 
 def compare(got, want, nodes, edges, n):
-    cut = {"b_root": n, "score_bp": nodes, "score_td": nodes, "d": len(edges), "score_without": len(edges)}
+    cut = {
+        "b_root": n,
+        "node_index": nodes,
+        "score_bp": nodes,
+        "score_td": nodes,
+        "d": len(edges),
+        "score_without": len(edges),
+    }
     for name, w in want.items():
         size = (..., slice(cut.get(name)))  # without padding
         g, w = (np.atleast_1d(x)[size] for x in (got[name], w))

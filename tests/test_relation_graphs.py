@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxmllm.data.sources import open_source
+from jaxmllm.errors import InputError
 from jaxmllm.tasks import relation_graphs as graphs
 from jaxmllm.tasks import relation_phrases
 from tests.support.relation_scenes import COLOURS, SHAPES, scene
@@ -332,3 +334,26 @@ def test_graphs_written_by_a_model_are_checked():
         assert relation_phrases.parse_graph(json.dumps(bad), said) == alone, bad
     loop = {"nodes": ["red", "circle", "small"], "edges": [[1, "of", 2], [2, "of", 1]]}
     assert relation_phrases.parse_graph(json.dumps(loop), said) == alone
+
+
+def test_rivals_make_the_relations_necessary():
+    for rivals in (1, 2):
+        rng = np.random.default_rng(rivals)
+        for _ in range(10):
+            oracle = graphs.Oracle(scene(rng, 10))
+            pair = graphs.sample_pair(oracle, 2, "mixed", rng, rivals=rivals, tries=400)
+            if pair is not None:
+                fits = oracle.candidates(pair[0].nodes[0])
+                assert len(fits) > rivals and graphs.relation_record(oracle, pair[0])["rivals"] == len(fits) - 1
+
+
+def test_twins_of_the_world_stand_next_to_each_other():
+    source = open_source("world:relations?twins=true&split=val&length=8&rivals=1")
+    for k in range(0, 8, 2):
+        a, b = source[k], source[k + 1]
+        assert a["twin"] == b["twin"] and a["match"] != b["match"] and a["unit"] == b["unit"]
+        assert np.array_equal(a["images"][0], b["images"][0]) and min(a["rivals"], b["rivals"]) >= 1
+        assert source.content(k) == source.content(k + 1) and source.records(k)[0]["id"] == a["id"]
+    assert len({source[k]["twin"] for k in range(8)}) == 4
+    with pytest.raises(InputError, match="twins"):
+        open_source("world:grounding?twins=true")

@@ -219,6 +219,51 @@ def test_measures_of_completions():
     assert relations.Relations().metric([], []) == {}
 
 
+def test_an_oracle_asks_the_trace_whatever_the_verdict():
+    """A model that calls everything a mismatch, but knows the place and the wrong relation."""
+    nodes = [[0, 0, 10, 10]] * len(MATCH["entities"])
+    nodes[MATCH["root"]] = MATCH["box"]
+    denied = MATCH | {"match": False, "foil_pos": 0, "trace": {"nodes": nodes, "verdicts": [False, True, True]}}
+    wrong = [k != FOIL["foil_pos"] for k in range(3)]
+    granted = FOIL | {"match": True, "box": [0, 0, 9, 9], "trace": {"nodes": nodes, "verdicts": wrong}}
+    row = relations.Relations().row
+    got = row(relations.answer(denied), MATCH)
+    assert got["grd_acc"] == 0 and got["grd_acc_oracle"] == 1
+    got = row(relations.answer(granted), FOIL)
+    assert got["mrr_acc"] == 0 and got["mrr_acc_oracle"] == 1
+    undecided = granted | {"trace": {"nodes": nodes, "verdicts": [False] * 3}}
+    assert row(relations.answer(undecided), FOIL)["mrr_acc_oracle"] == 0
+    for record in (MATCH, FOIL):  # a verdict alone does not say what would have been answered under the other one
+        assert not any("oracle" in name for name in row(relations.answer(record), record))
+
+
+def test_figures_that_chance_or_words_alone_can_reach_are_told_apart():
+    one = [r | {"twin": seed} for seed in range(4) for r in record_pair(seed, 1)]
+    got = relations.Relations().metric([relations.answer(r) for r in one], one)
+    assert got["mrr_chance"] == 1 and "mrr_acc_choice" not in got
+    two = [r for seed in range(4) for r in record_pair(seed, 2)]
+    first = [relations.answer(r | {"match": False, "foil_pos": 0}) for r in two]
+    got = relations.Relations().metric(first, two)
+    assert got["mrr_chance"] == 0.5 and got["mrr_acc_choice"] == np.mean(
+        [r["foil_pos"] == 0 for r in two if not r["match"]]
+    )
+    for rivals, chance in ((0, 1), (3, 0.25)):
+        record = MATCH | {"rivals": rivals}
+        got = relations.Relations().row(relations.answer(record), record)
+        assert got["grd_chance"] == chance and got.get("grd_acc_rivals") == (1 if rivals else None)
+
+
+def test_half_a_pair_is_no_pair():
+    twins = {
+        "match_gt": [1, 0, 1],
+        "match_pred": [1, 0, 1],
+        "iou": [1, 0, 1],
+        "foil_gt": [-1, 0, -1],
+        "foil_pred": [0, 1, 0],
+    }
+    assert relations.cascade_metrics(**twins, pair=[0, 0, 1])["pair_acc"] == 0, "the lonely third would make it 50"
+
+
 def test_a_pair_is_right_where_both_twins_are(tmp_path):
     records = [
         r | {"id": f"{r['twin']}-{k}", "task": "relations"}

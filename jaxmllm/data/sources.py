@@ -2,8 +2,8 @@
 
 | spec                         | records (options)                                                                  |
 |------------------------------|------------------------------------------------------------------------------------|
-| `world:grounding:2,counting` | the procedural world, tasks with weights (split seed length questions, and every   |
-|                              | field of the world's spec that is no nested tuple)                                 |
+| `world:grounding:2,counting` | the procedural world, tasks with weights (split seed length questions twins, and    |
+|                              | every field of the world's spec that is no nested tuple)                           |
 | `coco:FILE.json`             | COCO JSON (task=detection,counting,grounding categories=A,B crowd max_objects      |
 |                              | empty images order)                                                                |
 | `chat:FILE`                  | Hugging Face messages; TRL's prompt / image(s) / solution; conversations of LLaVA, |
@@ -317,6 +317,7 @@ def open_world(
     seed: int = 0,
     length: int = 100_000,
     questions: int = 1,
+    twins: bool = False,
     **spec: Any,
 ) -> RecordSource:
     """`path` is one task, or several with weights: `grounding:3,counting`. `spec`: fields of the world's spec."""
@@ -338,7 +339,7 @@ def open_world(
     if scene is not None:
         base = dataclasses.replace(base, scene=_with_options(scene, spec))
     base = _with_options(base, spec)
-    return WorldSource(weights, split=split, seed=seed, length=length, spec=base, questions=questions)
+    return WorldSource(weights, split=split, seed=seed, length=length, spec=base, questions=questions, twins=twins)
 
 
 def _with_options(base: Any, options: Mapping[str, Any]) -> Any:

@@ -12,7 +12,7 @@ undecided pair. The published pairs were made on photographs by a table of phras
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,25 +156,33 @@ class Oracle:
     def referents(self, graph: Graph, wildcard: int | None = None, injective: bool = True) -> set[int]:
         """Objects that the root can be, with every node a fitting object (all different if `injective`) and every edge
         true. The relation of edge `wildcard` does not matter."""
+        fits = self.candidates(graph.nodes[graph.root])
+        return {i for i in fits if self.assignment(graph, i, wildcard, injective) is not None}
+
+    def assignment(
+        self, graph: Graph, referent: int, wildcard: int | None = None, injective: bool = True
+    ) -> dict[int, int] | None:
+        """Node -> object with the root at `referent`, the first that makes every edge true; None if there is none."""
         fits = [self.candidates(words) for words in graph.nodes]
         tables = [self.table(relation) for relation in graph.relations]
         # Each node after its subject, so that a wrong choice is seen at once.
         order = _outwards(graph)
 
-        def possible(step: int, chosen: dict[int, int]) -> bool:
+        def found(step: int, chosen: dict[int, int]) -> dict[int, int] | None:
             if step == len(order):
-                return True
+                return chosen
             edge = order[step]
             subject, node = graph.edges[edge]
             for i in fits[node]:
                 if injective and i in chosen.values():
                     continue
                 if edge == wildcard or tables[edge][chosen[subject], i] == 1:
-                    if possible(step + 1, chosen | {node: i}):
-                        return True
-            return False
+                    whole = found(step + 1, chosen | {node: i})
+                    if whole is not None:
+                        return whole
+            return None
 
-        return {i for i in fits[graph.root] if possible(0, {graph.root: i})}
+        return found(0, {graph.root: referent})
 
     def to_blame(self, graph: Graph) -> list[int]:
         """Edges that, made a wildcard, give the graph a referent."""
@@ -256,7 +264,7 @@ def describe(
     return tuple(words if "shape" in obj and "shape" not in hidden else [*words, NOUN])
 
 
-def _ground(oracle: Oracle, edges, rng, relations) -> Graph | None:
+def _ground(oracle: Oracle, edges, rng, relations, allowed) -> Graph | None:
     """Objects, descriptions and true relations for a tree; None if a node finds no object."""
     chosen = {0: int(rng.integers(len(oracle.objects)))}
     spoken = []
@@ -266,6 +274,7 @@ def _ground(oracle: Oracle, edges, rng, relations) -> Graph | None:
             for r in relations
             for j in np.flatnonzero(oracle.table(r)[chosen[subject]] == 1).tolist()
             if j not in chosen.values()
+            and (allowed is None or allowed(oracle.objects[chosen[subject]], r, oracle.objects[j]))
         ]
         if not options:
             return None
@@ -290,18 +299,23 @@ def sample_pair(
     relations: Sequence[str] = COMMON,
     kernel: Mapping[str, Mapping[str, float]] | None = None,
     tries: int = 100,
+    rivals: int = 0,
+    allowed: Callable[[Mapping[str, Any], str, Mapping[str, Any]], bool] | None = None,
 ) -> tuple[Graph, Graph, int] | None:
     """(matched graph, mismatched graph, wrong edge) over a scene, None if `tries` draws give none.
 
     The matched graph has exactly one referent. The mismatched one replaces one relation, drawn evenly over the depths of
     the tree, has no referent and that edge alone to blame. Both rest on decided pairs only. `relations` must be those
     that the scenes do show, or a substitute betrays itself; `kernel` gives the probabilities of the substitutes (see
-    `balanced_kernel`), None: evenly.
+    `balanced_kernel`), None: evenly. At least `rivals` objects but the referent fit the root's words alone: with 0, most
+    referents can be found without a relation. `allowed(subject, relation, object)`: which true relations may be said.
     """
     for _ in range(tries):
         edges = sample_tree(n_edges, shape, rng)
-        graph = _ground(oracle, edges, rng, relations)
-        if graph is None or len(oracle.referents(graph)) != 1 or not oracle.decided(graph):
+        graph = _ground(oracle, edges, rng, relations, allowed)
+        if graph is None or len(oracle.candidates(graph.nodes[graph.root])) <= rivals:
+            continue
+        if len(oracle.referents(graph)) != 1 or not oracle.decided(graph):
             continue
         depths = edge_depths(edges)
         depth = int(rng.integers(max(depths) + 1))
@@ -350,6 +364,21 @@ def verbalise(graph: Graph, verbosity: int = 1) -> str:
     `verbosity` 0: `red circle left of small square`; 1: `the red circle that is left of the small square`; 2: `there is a
     red circle that is to the left of the small square`. Branches close with a comma where another relation follows.
     """
+    return " ".join(text for text, _ in _pieces(graph, verbosity))
+
+
+def relation_spans(graph: Graph, verbosity: int = 1) -> list[list[int]]:
+    """Characters [start, end) of each edge's relation in `verbalise`."""
+    spans, at = [[0, 0] for _ in graph.edges], 0
+    for text, edge in _pieces(graph, verbosity):
+        if edge is not None:
+            spans[edge] = [at, at + len(text)]
+        at += len(text) + 1
+    return spans
+
+
+def _pieces(graph: Graph, verbosity: int) -> list[tuple[str, int | None]]:
+    """The expression in pieces, each with the edge whose relation it is."""
     children: dict[int, list[int]] = {}
     for edge, (subject, _) in enumerate(graph.edges):
         children.setdefault(subject, []).append(edge)
@@ -358,20 +387,26 @@ def verbalise(graph: Graph, verbosity: int = 1) -> str:
         words = " ".join(graph.nodes[node])
         return f"{'an' if article == 'a' and words[0] in 'aeiou' else article} {words}".strip()
 
-    def text(node: int, article: str) -> str:
-        out = noun(node, article)
+    def pieces(node: int, article: str) -> list[tuple[str, int | None]]:
+        out: list[tuple[str, int | None]] = [(noun(node, article), None)]
         before = None
         for edge in children.get(node, ()):
             object_ = graph.edges[edge][1]
-            joint = " that is" if verbosity else ""
+            joint = "that is" if verbosity else ""
             if before is not None:
-                joint = " , and" if before in children else " and"
-            before = object_
-            out += f"{joint} {SPOKEN[graph.relations[edge]][verbosity > 1]} {text(object_, 'the' if verbosity else '')}"
+                joint = ", and" if before in children else "and"
+            before, relation = object_, graph.relations[edge]
+            out += [(joint, None)] if joint else []
+            out.append((SPOKEN.get(relation, (relation, relation))[verbosity > 1], edge))
+            out += pieces(object_, "the" if verbosity else "")
         return out
 
-    body = text(graph.root, ("", "the", "a")[verbosity])
-    return f"there is {body}" if verbosity > 1 else body
+    body = pieces(graph.root, ("", "the", "a")[verbosity])
+    return [("there is", None), *body] if verbosity > 1 else body
+
+
+def _short(relation: str) -> str:
+    return SPOKEN.get(relation, (relation,))[0]
 
 
 def relation_record(
@@ -387,12 +422,14 @@ def relation_record(
         "expression": expression,
         "entities": [" ".join(words) for words in graph.nodes],
         "edges": [list(edge) for edge in graph.edges],
-        "relations": [SPOKEN[relation][0] for relation in graph.relations],
+        "relations": [_short(relation) for relation in graph.relations],
+        "spans": relation_spans(graph, verbosity),
         "root": graph.root,
+        "rivals": len(oracle.candidates(graph.nodes[graph.root])) - 1,
         "match": wrong is None,
         "foil_pos": -1 if wrong is None else wrong,
-        "foil_phrase": "none" if wrong is None else SPOKEN[graph.relations[wrong]][0],
-        "target_phrase": "none" if original is None else SPOKEN[original][0],
+        "foil_phrase": "none" if wrong is None else _short(graph.relations[wrong]),
+        "target_phrase": "none" if original is None else _short(original),
         "length": len(expression.split()),
         "scene": {"objects": [dict(o) for o in oracle.objects], "relations": list(graph.relations), **oracle.options},
     }

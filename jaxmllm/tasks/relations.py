@@ -2,18 +2,21 @@
 
 The model sees the image, the expression and its numbered relations, and answers with one JSON object: either
 `{"match": true, "bbox_2d": [x1, y1, x2, y2]}` or `{"match": false, "relation": "R2"}`, reasoning before it allowed, and
-optionally a trace `"nodes": [[x1, y1, x2, y2], ..]` and `"verdicts": [true, false, ..]`. Verdict, box and relation are
+optionally a trace `"nodes": [[x1, y1, x2, y2], ..]` and `"verdicts": [true, false, ..]`: where each phrase is and whether
+each relation holds, as far as the answerer could tell without its verdict. Verdict, box and relation are
 scored in cascade: a box counts only under a right "match", a relation only under a right "mismatch" (gitm_mr.md 4, 7).
 
 A record holds `expression`, `entities` (phrases), `edges` [[subject, object], ..], `relations` (phrases), `root`,
 `match`, for matches the root's `box`, for mismatches the wrong edge `foil_pos` (-1 for matches) with `foil_phrase` and
-`target_phrase`; `length` in words; optional `twin`, shared by the two records of a pair; optional `scene` for the trace.
+`target_phrase`; `length` in words; optional `twin`, shared by the two records of a pair; optional `scene` for the trace;
+optional `rivals`, the other objects that the root's words alone fit; optional `cell`, the split by length it belongs to.
 Boxes of records are continuous: [x, y, x + w, y + h]. The published inclusive boxes [x, y, x + w - 1, y + h - 1] with
 their "+ 1" have the same IoU.
 
 Option `style`: the frame of the box's numbers, as everywhere; the form is JSON in both styles.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,16 +64,20 @@ def prompt(record: Mapping[str, Any], style: str = "qwen2_5_vl", thinking: bool 
 
 
 def answer(record: Mapping[str, Any], style: str = "qwen2_5_vl", thinking: bool = False, thought: str = "") -> str:
-    """The gold answer: one JSON object on one line."""
+    """The gold answer: one JSON object on one line. A record with a `trace`, {"nodes": boxes, "verdicts"}, gets it too."""
     frame = answers.STYLES[answers.choose(style, answers.STYLES, "style")].frame
+
+    def whole(boxes: Sequence[Sequence[float]]) -> list[list[int]]:
+        return answers.whole_boxes(Boxes.of(record, boxes).to(frame)).tolist()
+
+    body: dict[str, Any] = {"match": bool(record["match"])}
     if record["match"]:
-        box = answers.whole_boxes(Boxes.of(record, [record["box"]]).to(frame))[0].tolist()
-        body = f'{{"match": true, "bbox_2d": {box}}}'
+        body["bbox_2d"] = whole([record["box"]])[0]
     elif record["edges"]:
-        body = f'{{"match": false, "relation": "R{record["foil_pos"] + 1}"}}'
-    else:
-        body = '{"match": false}'
-    return answers.wrap(body, thinking, thought)
+        body["relation"] = f"R{record['foil_pos'] + 1}"
+    if "trace" in record:
+        body |= {"nodes": whole(record["trace"]["nodes"]), "verdicts": list(record["trace"]["verdicts"])}
+    return answers.wrap(json.dumps(body), thinking, thought)
 
 
 def parse(text: str, n_relations: int | None = None, thinking: bool = False) -> dict[str, Any] | None:
@@ -160,6 +167,13 @@ def _iou(box: Sequence[float], record: Mapping[str, Any], style: str) -> float:
     return float(Boxes.of(record, box, frame).to("pixel").iou(Boxes.of(record, record["box"])))
 
 
+def _node(nodes: Any, record: Mapping[str, Any]) -> list[float] | None:
+    """The box that a trace gives for the root."""
+    if not isinstance(nodes, list) or len(nodes) != len(record["entities"]):
+        return None
+    return answers.four_numbers(nodes[record["root"]])
+
+
 def trace_score(said: Mapping[str, Any], record: Mapping[str, Any], style: str = "qwen2_5_vl") -> float:
     """Share of the relations whose verdict agrees with the scene for the model's own node boxes; 0 without a trace.
 
@@ -205,8 +219,8 @@ def cascade_metrics(
     Each holds `match_acc`; `grd_acc`, a match called a match with IoU > 0.5, over the matches; `mrr_acc`, a mismatch
     called one with the right edge, over the mismatches; and `.._oracle` forms of both that ignore the verdict. An empty
     denominator gives NaN. Beside them `overall_acc` (right box or right mismatch), `joint_acc` (mismatches also need the
-    edge), with lengths `gap` (id - ood), with `pair` (twins share a value) `pair_acc` (both jointly right), with
-    `n_edges` `mrr_chance`.
+    edge), with lengths `gap` (id - ood), with `pair` (twins share a value) `pair_acc` (both jointly right; of
+    complete pairs), with `n_edges` `mrr_chance`.
     """
     match, said = np.asarray(match_gt, bool), np.asarray(match_pred, bool)
     hit = np.asarray(iou, np.float64) > 0.5
@@ -237,30 +251,14 @@ def cascade_metrics(
         out |= {"id": figures(short), "ood": figures(~short)}
         out["gap"] = {name: value - out["ood"][name] for name, value in out["id"].items()}
     if pair is not None:
-        twins: dict[Any, bool] = {}
+        twins: dict[Any, list[bool]] = {}
         for key, right in zip(pair, joint.tolist(), strict=True):
-            twins[key] = twins.get(key, True) and right
-        out["pair_acc"] = 100 * float(np.mean(list(twins.values()))) if twins else math.nan
+            twins.setdefault(key, []).append(right)
+        complete = [all(both) for both in twins.values() if len(both) == 2]
+        out["pair_acc"] = 100 * float(np.mean(complete)) if complete else math.nan
     if n_edges is not None:
         out["mrr_chance"] = 100 * chance_of_edges(np.asarray(n_edges)[~match].tolist())
     return out
-
-
-def outcomes(
-    texts: Sequence[str], records: Sequence[Mapping[str, Any]], style: str = "qwen2_5_vl", thinking: bool = False
-) -> dict[str, Any]:
-    """Arguments of `cascade_metrics` from completions. What cannot be read is wrong in every measure."""
-    rows: dict[str, Any] = {name: [] for name in ("match_gt", "match_pred", "iou", "foil_gt", "foil_pred", "length")}
-    for text, record in zip(texts, records, strict=True):
-        said, match = parse(text, len(record["edges"]), thinking), bool(record["match"])
-        rows["match_gt"].append(match)
-        rows["match_pred"].append(not match if said is None else said["match"])
-        box, relation = (None, None) if said is None else (said["box"], said["relation"])
-        rows["iou"].append(0.0 if box is None or not match else _iou(box, record, style))
-        rows["foil_gt"].append(record["foil_pos"])
-        rows["foil_pred"].append(-2 if relation is None else relation)
-        rows["length"].append(record.get("length", len(record["expression"].split())))
-    return rows
 
 
 @dataclass(frozen=True)
@@ -273,8 +271,8 @@ class Relations(Task):
     trace_weight: float = 0.0
 
     figures = {
-        **dict.fromkeys(("*_acc", "format", "pair_acc"), "higher"),
-        **dict.fromkeys(("said_match", "mrr_chance"), "neutral"),
+        **dict.fromkeys(("*_acc", "*_acc_*", "format"), "higher"),
+        **dict.fromkeys(("said_match", "*_chance"), "neutral"),
     }
     primary = ("joint_acc", "match_acc")
 
@@ -291,19 +289,35 @@ class Relations(Task):
         """The published cascade of one answer (`cascade_metrics`, shares), and `format`. What cannot be read is wrong.
 
         `said_match`: whether a readable answer calls it a match; stop if the share leaves 0.3..0.7 in training on pairs.
-        `mrr_chance`: what naming a relation at random earns.
+        `grd_acc_oracle` and `mrr_acc_oracle` ask the answer's trace, whatever its verdict: the box of the root's node,
+        and the one relation it denies; without a trace they are absent. `mrr_acc_choice`: where there are relations to
+        choose from; one alone is named with the verdict. `grd_acc_rivals`: where the root's words fit other objects too;
+        else no relation is needed. `mrr_chance`, `grd_chance`: what a relation, an object of those words, drawn at random
+        earns, given the right verdict.
         """
-        read, match = parse(text, len(record["edges"]), self.thinking), bool(record["match"])
+        edges, match = len(record["edges"]), bool(record["match"])
+        read = parse(text, edges, self.thinking)
         said = read or {}
         right = said.get("match") == match
         if match:
             hit = right and _iou(said["box"], record, self.style) > 0.5
             cascade = {"grd_acc": float(hit)}
+            if "rivals" in record:
+                cascade |= {"grd_chance": 1 / (1 + record["rivals"])}
+                cascade |= {"grd_acc_rivals": float(hit)} if record["rivals"] else {}
+            box = _node(said.get("nodes"), record)
+            if box is not None:
+                cascade["grd_acc_oracle"] = float(_iou(box, record, self.style) > 0.5)
             joint, overall = hit, hit
         else:
             named = right and said["relation"] == record["foil_pos"]
-            edges = len(record["edges"])
-            cascade = {"mrr_acc": float(named)} | ({"mrr_chance": chance_of_edges([edges])} if edges else {})
+            cascade = {"mrr_acc": float(named)} | ({"mrr_chance": 1 / edges} if edges else {})
+            cascade |= {"mrr_acc_choice": float(named)} if edges > 1 else {}
+            verdicts = said.get("verdicts")
+            if isinstance(verdicts, list) and len(verdicts) == edges:
+                cascade["mrr_acc_oracle"] = float(
+                    [k for k in range(edges) if verdicts[k] is False] == [record["foil_pos"]]
+                )
             joint, overall = named, right
         return {
             "match_acc": float(right),

@@ -132,7 +132,13 @@ class SceneQuestions:
         edges = self.stream.integer(max(1, self.spec.depth[0]), max(1, self.spec.depth[1]))
         shape = self.stream.choice(relation_graphs.SHAPES)
         return relation_graphs.sample_pair(
-            self._oracle, edges, shape, self.stream.generator(), self.spec.relations, tries=20
+            self._oracle,
+            edges,
+            shape,
+            self.stream.generator(),
+            self.spec.relations,
+            tries=20,
+            rivals=self.spec.rivals,
         )
 
     def captioning(self, k: int) -> Record:

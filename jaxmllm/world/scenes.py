@@ -41,6 +41,9 @@ class SceneSpec:
     # fewest and most relations of an expression: in a chain for grounding (0: attributes only), in a tree for the
     # relations task (which needs one at least)
     depth: tuple[int, int] = (0, 0)
+    rivals: int = (
+        0  # fewest other objects that the words of a relations expression's root fit: what relations must decide
+    )
     verbosity: tuple[int, int] = (0, 2)  # least and most wordy form of expressions in the relations task, 0..2
     relations: tuple[str, ...] = SPATIAL  # of RELATIONS; used in expressions, captions and relation records
     margin: float = 0.03  # dead zone of relations, share of the shorter side; pairs inside it are never asked about
@@ -59,6 +62,8 @@ class SceneSpec:
             pair = getattr(self, field)
             if len(pair) != 2 or not low <= pair[0] <= pair[1] <= high:
                 raise InputError(f"SceneSpec.{field}: {pair!r} must be (fewest, most) within {low}..{high}")
+        if self.rivals < 0:
+            raise InputError(f"SceneSpec.rivals: {self.rivals!r} must be at least 0")
         if len(self.size) != 2 or min(self.size) < 16:
             raise InputError(f"SceneSpec.size: {self.size!r} must be (width, height), both at least 16 pixels")
         for field, high in (("max_overlap", 1), ("repeat", 1), ("zero_counts", 1), ("margin", 0.5), ("noise", 128)):

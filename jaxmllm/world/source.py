@@ -59,6 +59,7 @@ class WorldSource:
     length: int = 100_000
     spec: Spec | None = None  # None: DEFAULT_SPECS of the (first) task
     questions: int = 1  # records per picture in `records`
+    twins: bool = False  # of relations: items 2 k and 2 k + 1 are the two expressions of one pair, about picture k
 
     def __post_init__(self):
         check_split(self.split)
@@ -82,6 +83,8 @@ class WorldSource:
                 raise InputError(f"ClipSpec.kinds: {name!r} is unknown; use {', '.join(known)}")
         if self.length < 0 or self.questions < 1:
             raise InputError("length must be at least 0 and questions at least 1")
+        if self.twins and (tasks != ["relations"] or self.questions > 1):
+            raise InputError("twins: they are of the task relations alone, without questions")
 
     @property
     def _weights(self) -> dict[str, float]:
@@ -92,15 +95,19 @@ class WorldSource:
 
     def __getitem__(self, index: SupportsIndex) -> Record:
         """The first record of picture `index`. Raises IndexError outside 0..length - 1."""
+        if self.twins:
+            picture, which = divmod(self._inside(index), 2)
+            return self._records(picture, 2)[which]
         return self._records(index, 1)[0]
 
     def records(self, index: SupportsIndex) -> list[Record]:
         """`questions` records that share picture `index`: the same array objects in `images`."""
-        return self._records(index, self.questions)
+        return [self[index]] if self.twins else self._records(index, self.questions)
 
     def content(self, index: SupportsIndex) -> Scene | Page | Clip:
         """The scene, page or clip behind the records, with all that is true about it."""
-        return self._content(index)[0]
+        i = self._inside(index)
+        return self._content(i // 2 if self.twins else i)[0]
 
     def grid_targets(self, index: SupportsIndex, cell: int) -> dict[str, np.ndarray]:
         """What to tell a vision tower about each cell of `cell` x `cell` pixels: throw-away targets for its warm-up.
@@ -112,10 +119,14 @@ class WorldSource:
         """
         return grid_targets(self.content(index), cell)
 
-    def _content(self, index: SupportsIndex) -> tuple[Scene | Page | Clip, SceneQuestions | None]:
+    def _inside(self, index: SupportsIndex) -> int:
         i = index.__index__()
         if not 0 <= i < self.length:
             raise IndexError(f"item {i} of a world source of length {self.length}")
+        return i
+
+    def _content(self, index: SupportsIndex) -> tuple[Scene | Page | Clip, SceneQuestions | None]:
+        i = self._inside(index)
         address, spec = (self.seed, self.split, i), self.spec
         if isinstance(spec, PageSpec):
             return make_page(spec, *address), None

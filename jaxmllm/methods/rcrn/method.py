@@ -234,18 +234,28 @@ class RCRN(Method):
         batch, shape = self.batch([row.records[0] for row in padded], prompts, context)
         objective = self.objective(context.cfg)
         out = read_jit(params, context.update, objective, batch, shape, self.readout)
-        host = processes.whole({name: out[name] for name in ("match_logit", "pred_box", "mrr_edge")})
+        nodes = jnp.take_along_axis(batch.arrays.boxes, out["node_index"][..., None], 1)
+        host = processes.whole(
+            {"match": out["match_logit"] > 0, "box": out["pred_box"], "edge": out["mrr_edge"], "nodes": nodes}
+        )
         return [
-            self.verdict(record, host["match_logit"][i], host["pred_box"][i], host["mrr_edge"][i], context.evaluating)
+            self.verdict(record, {name: value[i] for name, value in host.items()}, context.evaluating)
             for i, record in enumerate(records)
         ]
 
-    def verdict(self, record: Record, logit: float, box: np.ndarray, edge: int, asking: Asking) -> str:
-        """One answer in the task's form."""
-        scale = np.tile(np.divide(record["size"], record["resized"]), 2)
+    def verdict(self, record: Record, out: Mapping[str, np.ndarray], asking: Asking) -> str:
+        """One answer in the task's form, with where each phrase is and which relation it would deny whatever the verdict."""
         width, height = record["size"]
-        pixels = np.clip((box + [0, 0, 1, 1]) * scale, 0, [width, height, width, height])
-        said = {**record, "match": bool(logit > 0), "box": pixels.tolist(), "foil_pos": int(edge)}
+        scale = np.tile(np.divide(record["size"], record["resized"]), 2)
+
+        def pixels(boxes: np.ndarray) -> np.ndarray:
+            return np.clip((boxes + [0, 0, 1, 1]) * scale, 0, [width, height, width, height])
+
+        box, edges, edge = pixels(out["box"]), len(record["edges"]), int(out["edge"])
+        nodes = pixels(out["nodes"][: len(record["entities"])])
+        nodes[record["root"]] = box
+        trace = {"nodes": nodes.tolist(), "verdicts": [k != edge for k in range(edges)]}
+        said = {**record, "match": bool(out["match"]), "box": box.tolist(), "foil_pos": edge, "trace": trace}
         return asking.task(record).gold(said)
 
     def batch(self, records: Sequence[Record], prompts: Prompts, context: Context) -> tuple[Batch, tuple[int, int]]:

@@ -378,10 +378,11 @@ def apply(
     """Run RCRN on a batch. With a `key`, dropout is on.
 
     Returns a dict: `b_root` [B, N] (grounding belief of the referred object), `match_logit` [B] (match iff > 0),
-    `score_bp`, `score_td` [B, M] node scores, `d` [B, E] and `mrr_edge` [B] of the released readout; for grounding,
-    `pred_index` [B] of the chosen candidate, its box `proposal`, `pred_delta` and the refined `pred_box` [B, 4].
-    `readout="counterfactual"` makes `mrr_edge` the corrected readout's answer and adds its `score_without` [B, E]; it
-    costs one bottom-up run more per edge. See `propagation.readout` and `propagation.counterfactual_readout`.
+    `node_index` [B, M] (box of largest grounding belief of each node), `score_bp`, `score_td` [B, M] node scores, `d`
+    [B, E] and `mrr_edge` [B] of the released readout; for grounding, `pred_index` [B] of the chosen candidate, its box
+    `proposal`, `pred_delta` and the refined `pred_box` [B, 4]. `readout="counterfactual"` makes `mrr_edge` the corrected
+    readout's answer and adds its `score_without` [B, E]; it costs one bottom-up run more per edge. See
+    `propagation.readout` and `propagation.counterfactual_readout`.
 
     Raises:
         ValueError: unknown readout.
@@ -466,6 +467,7 @@ def apply(
     match_logit, d, edge = propagation.readout(score_bp, score_td, graphs, cfg.mrr_on)
     out = {
         "b_root": b_root,
+        "node_index": jnp.argmax(jnp.where(real[:, None], b_grd, -jnp.inf), -1),
         "match_logit": match_logit,
         "score_bp": score_bp,
         "score_td": score_td,
