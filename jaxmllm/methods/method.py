@@ -229,7 +229,7 @@ class Method:
             repetition_penalty=context.repetition_penalty,
         )
 
-    def export(self, params: Params, folder: Path, context: Context) -> None:
+    def export(self, params: Params, folder: Path) -> None:
         """Writes what the method added beside the exported model: its tensors, and its options as method.json."""
         if not self.keys:
             return
@@ -249,6 +249,12 @@ def _options(method: Method) -> dict[str, Any]:
     return {f.name: plain(getattr(method, f.name)) for f in dataclasses.fields(method) if f.init}
 
 
+def described_method(name: str, options: Mapping[str, Any]) -> Method:
+    """The method of a name and options as they are written into JSON. InputError or TypeError where they do not fit."""
+    plain_tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return registry.get(name)(**plain_tuples)
+
+
 def load_exported(folder: Path) -> tuple[Method, Params] | None:
     """The method that trained an exported folder and the parameters it added; None for a folder without method.json.
 
@@ -260,8 +266,7 @@ def load_exported(folder: Path) -> tuple[Method, Params] | None:
 
     described = read_json(folder / DESCRIPTION)
     try:
-        cls, options = registry.get(described["method"]), described["options"]
-        method = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
+        method = described_method(described["method"], described["options"])
         tensors = load_file(folder / TENSORS)
     except (KeyError, TypeError, OSError, json.JSONDecodeError) as error:
         raise InputError(f"{folder / DESCRIPTION}: {type(error).__name__}: {error}") from error

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from jaxmllm.errors import InputError
 from jaxmllm.machine.mesh import RULES, mesh_of, param_shardings, tree_paths
@@ -31,7 +32,7 @@ class OptimConfig:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0  # global norm; 0 turns clipping off
     gradient_accumulation_steps: int = 1  # microbatches an update, of whole groups
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment; the second is float32
     max_nonfinite_steps: int = 5  # NaN or Inf steps are skipped; so many in a row stop the run
 
 
@@ -41,14 +42,15 @@ CONSTANTS = r"lora/.*/scale"  # part of an adapter, never trained
 def split(params: dict, trainable: str) -> tuple[dict, dict]:
     """(trainable, frozen) parts of a nested dict by a regular expression on paths; `join` undoes it.
 
-    With adapters present only adapters train, whatever the expression says of the rest. InputError when nothing matches.
+    With adapters the model itself is frozen, and the expression chooses among adapters, by the paths of their layers.
+    InputError when nothing matches.
     """
     has_lora = "lora" in params
 
     def chosen(path: str) -> bool:
-        if has_lora:
-            return path.startswith("lora/") and not re.fullmatch(CONSTANTS, path)
-        return re.fullmatch(trainable, path) is not None
+        if has_lora and (not path.startswith("lora/") or re.fullmatch(CONSTANTS, path)):
+            return False
+        return re.fullmatch(trainable, path.removeprefix("lora/")) is not None
 
     def part(tree: dict, paths: dict, keep: bool) -> dict:
         out = {}
@@ -64,9 +66,10 @@ def split(params: dict, trainable: str) -> tuple[dict, dict]:
     paths = tree_paths(params)
     train, frozen = part(params, paths, True), part(params, paths, False)
     if not train:
-        raise InputError(
-            f"trainable = {trainable!r} matches no parameter; paths are like {', '.join(jax.tree.leaves(paths)[:4])}"
-        )
+        places = jax.tree.leaves(paths["lora"] if has_lora else paths)
+        what, cure = ("adapter", "; choose their layers with --lora.targets") if has_lora else ("parameter", "")
+        known = ", ".join(path.removeprefix("lora/") for path in places[:4])
+        raise InputError(f"trainable = {trainable!r} matches no {what}; paths are like {known}{cure}")
     return train, frozen
 
 
@@ -120,6 +123,40 @@ def schedule(config: OptimConfig, max_steps: int) -> optax.Schedule:
         "cosine": optax.cosine_decay_schedule(peak, rest),
     }[config.lr_scheduler_type]
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warm)), tail], [warm]) if warm else tail
+
+
+def wide(tree: Any) -> Any:
+    """The tree in float32. Of bfloat16 a step is computed in it, and kept in the optimiser's state."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def first_moments(tx: optax.GradientTransformation, train: Any) -> Any:
+    """The optimiser's state before the first update, in float32 whatever the parameters are. Traceable."""
+    return tx.init(wide(train))
+
+
+def narrowed(stepped: Any, train: Any, step: Int[Array, ""]) -> Any:
+    """float32 values in the dtypes of the parameters `train`; in bfloat16 rounded up or down by chance, in the mean exactly.
+
+    A step at the rates of RL is a hundredth of what bfloat16 resolves: rounded to nearest, nearly all weights would never move
+    (arXiv:2010.06192, section 4).
+    """
+    leaves, structure = jax.tree.flatten(stepped)
+    kinds = [x.dtype for x in jax.tree.leaves(train)]
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(leaves))
+    rounded = [
+        _by_chance(x, key) if kind == jnp.bfloat16 else x.astype(kind)
+        for x, kind, key in zip(leaves, kinds, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, rounded)
+
+
+def _by_chance(x: Float[Array, "*n"], key: Any) -> Float[Array, "*n"]:
+    """bfloat16 is the upper half of float32: a random number below one unit is added before the lower half is cut off."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    cut = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), cut, x).astype(jnp.bfloat16)
 
 
 def make_optimizer(config: OptimConfig, max_steps: int) -> optax.GradientTransformation:

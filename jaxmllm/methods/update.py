@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmllm.config import ModelConfig
 from jaxmllm.machine.mesh import RULES
-from jaxmllm.methods.optim import join, kept_layout, split
+from jaxmllm.methods.optim import join, kept_layout, narrowed, split, wide
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout.scorer import score
 from jaxmllm.types import TrainState
@@ -57,7 +57,7 @@ def apply_gradients(
 
     def add(total, micro):
         (loss, metrics), grads = differentiate(train, micro)
-        return jax.tree.map(jnp.add, total, (loss, grads)), metrics
+        return jax.tree.map(jnp.add, total, (loss, wide(grads))), metrics
 
     def add_if_it_teaches(total, micro):
         _, metrics = jax.eval_shape(add, total, micro)
@@ -66,14 +66,15 @@ def apply_gradients(
 
     if update.accumulation_steps == 1:
         (loss, metrics), grads = differentiate(train, batch)
-        metrics = jax.tree.map(lambda x: x[None], metrics)
+        grads, metrics = wide(grads), jax.tree.map(lambda x: x[None], metrics)
     else:
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, train))
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, wide(train)))
         body = add_if_it_teaches if teaches else add
         (loss, grads), metrics = jax.lax.scan(body, zero, microbatches(batch, update.accumulation_steps))
     norm = optax.tree.norm(grads)
-    updates, opt_state = update.tx.update(grads, state.opt_state, train)
-    stepped = optax.apply_updates(train, updates)
+    exact = wide(train)
+    updates, opt_state = update.tx.update(grads, state.opt_state, exact)
+    stepped = narrowed(optax.apply_updates(exact, updates), train, state.step)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
     def keep(new, old):

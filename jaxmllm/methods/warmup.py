@@ -202,5 +202,5 @@ class VisionWarmup(Method):
     def work(self, context: Context) -> WarmupWork:
         return WarmupWork(context)
 
-    def export(self, params: Params, folder: Path, context: Context) -> None:
+    def export(self, params: Params, folder: Path) -> None:
         """Nothing: the heads are thrown away."""

@@ -173,7 +173,7 @@ def _span(track: Mapping[str, Any]) -> list[int]:
 
 def _same_box(track: Mapping[str, Any], other: Mapping[str, Any], frame: int) -> bool:
     mine, theirs = (track_rewards.by_frame(t["boxes"]).get(frame) for t in (track, other))
-    return theirs is not None and float(box_iou(mine, theirs)) > SAME
+    return mine is not None and theirs is not None and float(box_iou(mine, theirs)) > SAME
 
 
 def make_query(

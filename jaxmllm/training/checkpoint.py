@@ -162,6 +162,23 @@ class Checkpoints:
                 self._manager.close()
 
 
+def read_params(folder: Path) -> dict[str, Any]:
+    """The parameters of one checkpoint, on one device. InputError where it cannot be read."""
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    try:
+        tree: Any = reader.metadata(folder / "state").item_metadata.tree["params"]
+        shapes = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)}
+        arguments = ocp.args.PyTreeRestore(
+            item=shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes), partial_restore=True
+        )
+        return reader.restore(folder / "state", args=arguments)["params"]
+    except Exception as error:  # the storage library raises whatever it meets
+        raise InputError(f"{folder}: the checkpoint cannot be read ({_short(error)})") from error
+    finally:
+        reader.close()
+
+
 def _host(value: Any) -> Any:
     """An array that every process has whole as numpy, which is how several processes save it."""
     spread = isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated)

@@ -15,16 +15,15 @@ from jaxmllm.errors import InputError
 from jaxmllm.machine import processes
 from jaxmllm.methods.method import Context, Report, Work
 from jaxmllm.methods.optim import schedule
-from jaxmllm.model import hf, lora
 from jaxmllm.runfiles import claim
 from jaxmllm.training.checkpoint import Checkpoints
 from jaxmllm.training.config import TrainConfig, free_fields
 from jaxmllm.training.evaluating import Evaluator
+from jaxmllm.training.exporting import Exported, export
 from jaxmllm.training.lock import only_here
 from jaxmllm.training.metrics import MetricsWriter, record_start
 from jaxmllm.training.profiling import Trace
 from jaxmllm.training.setup import Opened, best_direction, build, open_data
-from jaxmllm.training.state import without_own
 from jaxmllm.training.stopping import Interrupted, Stop
 from jaxmllm.training.window import Window
 from jaxmllm.types import TrainState
@@ -278,7 +277,9 @@ class Run:
         self.watching.phase("exporting")
         try:
             with self.stop.at_once():
-                export(config, self.context, self.state, config.run_dir / "export")
+                params, model = self.state.params, self.context.model
+                assert model.folder is not None  # it was loaded
+                export(Exported.of(config), model.cfg, params, config.run_dir / "export", model.folder)
         except Interrupted as stopped:
             self.leave(str(stopped))
 
@@ -295,18 +296,3 @@ def save_arrays(report: Report, path: Path) -> Path:
     arrays = {jax.tree_util.keystr(where, simple=True, separator="."): processes.local_rows(x) for where, x in leaves}
     np.savez(path, **arrays)
     return path
-
-
-def export(config: TrainConfig, context: Context, state: TrainState, folder: Path) -> None:
-    """The trained model as a Hugging Face folder, which shows pictures as in training; adapters are also saved, then merged.
-    The method adds what it trained besides.
-    """
-    params = without_own(state.params, config)
-    if config.lora is not None:
-        lora.save(params, config.lora, folder.with_name("adapter"), base_model=config.model)
-        params = jax.jit(lora.merge)(params)
-    params = jax.tree.map(jnp.asarray, params)
-    pixels = context.model.processor.pixel_config
-    limits = (pixels.min_pixels, pixels.max_pixels)
-    hf.save_params(params, context.cfg, folder, source=context.model.folder, pixels=limits)
-    config.method.export(state.params, folder, context)

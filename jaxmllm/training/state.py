@@ -1,6 +1,7 @@
 """The train state of a config: real, or as shapes for a plan. Both come from the same functions."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxmllm.config import ModelConfig
 from jaxmllm.machine.mesh import RULES, param_shardings
 from jaxmllm.methods.method import Layout, Params
-from jaxmllm.methods.optim import make_optimizer, split, state_shardings
+from jaxmllm.methods.optim import first_moments, make_optimizer, split, state_shardings
 from jaxmllm.methods.shapes import with_shardings
 from jaxmllm.methods.update import Update
 from jaxmllm.model import hf, lora
@@ -41,8 +42,8 @@ def first_state(config: TrainConfig, layout: Layout, params: Params) -> TrainSta
     mesh, rules, tx = layout.mesh, layout.update.rules, layout.update.tx
     params = jax.device_put(params, param_shardings(params, mesh, rules))
     train, _ = split(params, config.trainable)
-    _, shardings = state_shardings(train, jax.eval_shape(tx.init, train), mesh, rules)
-    opt_state = jax.jit(tx.init, out_shardings=shardings)(train)
+    _, shardings = state_shardings(train, jax.eval_shape(partial(first_moments, tx), train), mesh, rules)
+    opt_state = jax.jit(partial(first_moments, tx), out_shardings=shardings)(train)
     reference = jax.tree.map(jnp.copy, train) if config.method.reference(layout.lora) else None
     step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
     return TrainState(step, params, opt_state, reference)
@@ -57,16 +58,11 @@ def planned(config: TrainConfig, cfg: ModelConfig, mesh: Mesh, sample_mesh: Mesh
     rules, tx = layout.update.rules, layout.update.tx
     params = with_shardings(params, param_shardings(params, mesh, rules))
     train, _ = split(params, config.trainable)
-    shapes = jax.eval_shape(tx.init, train)
+    shapes = jax.eval_shape(partial(first_moments, tx), train)
     _, placed = state_shardings(train, shapes, mesh, rules)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     reference = train if config.method.reference(layout.lora) else None
     return layout, TrainState(step, params, with_shardings(shapes, placed), reference)
-
-
-def without_own(params: Params, config: TrainConfig) -> Params:
-    """The parameters without what the method added."""
-    return {name: value for name, value in params.items() if name not in config.method.keys}
 
 
 def replaced(layout: Layout, **fields: Any) -> Layout:
