@@ -119,7 +119,7 @@ def load(
         path_or_hub_id: a Hugging Face folder, a hub id, or "tiny" (the model inside the package).
         mesh: parameters are streamed into their shards on it; None: the first device.
         dtype: of parameters and activations, e.g. "bfloat16"; None keeps the checkpoint's parameters and computes in their
-            dtype.
+            dtype, in float32 where that is float16: activations of these models leave its range.
         min_pixels, max_pixels: of a resized image; None: the checkpoint's.
         max_source_pixels: of a stored image; a larger one is refused before it is decoded. None: 89,478,485.
         max_prompt_length: tokens, vision included; longer prompts are refused.
@@ -149,7 +149,11 @@ def load(
             return node
 
     params = hf.load_params(folder, cfg, dtype=dtype, sharding=sharding)
-    cfg = dataclasses.replace(cfg, dtype=dtype or params["embed"].dtype.name)
+    stored = params["embed"].dtype.name
+    if dtype is None and stored == "float16":
+        log.warning('%s is stored in float16 and computed in float32; dtype="bfloat16" is faster', folder)
+        stored = "float32"
+    cfg = dataclasses.replace(cfg, dtype=dtype or stored)
     return Model(params, cfg, processor, mesh, folder, buckets or Buckets())
 
 
@@ -182,6 +186,20 @@ def _generation(model: Model, tokens: np.ndarray, length: int, logps: np.ndarray
     # box and reference markers are part of an answer, only the stop token is not
     text = model.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
     return Generation(text, ids, logps[:length], "stop" if stopped else "length")
+
+
+def _finite(model: Model, logps: np.ndarray) -> np.ndarray:
+    """The same log-probabilities. InputError when one is NaN or infinite: then so were the logits, and the text is none."""
+    if not np.isfinite(logps).all():
+        advice = (
+            'activations left the range of float16; load the model with dtype="bfloat16"'
+            if model.cfg.dtype == "float16"
+            else "the weights are damaged, or their training diverged"
+        )
+        raise InputError(
+            f"{model.folder or 'model'}: the logits are NaN or infinite, computed in {model.cfg.dtype}: {advice}"
+        )
+    return logps
 
 
 def _banned(model: Model) -> tuple[int, ...]:
@@ -232,6 +250,7 @@ def generate(
             counts=jnp.where(jnp.arange(padded) < rows, num_generations, 0),
         )
         host = processes.whole(samples)
+        _finite(model, host.logps[:rows])
         for b in range(rows):
             group = zip(host.tokens[b], host.lengths[b], host.logps[b], host.stopped[b], strict=True)
             results.append([_generation(model, *one) for one in group])
@@ -266,6 +285,7 @@ def stream(
     )
     while True:
         host = jax.device_get((state.tokens[0], state.lengths[0], state.logps[0], state.stopped[0]))
+        _finite(model, host[2])
         yield [_generation(model, *one) for one in zip(*host, strict=True)]
         step = int(state.step)
         if step >= max_new_tokens or bool(state.done.all()):
@@ -316,7 +336,7 @@ def score(
             batch = shard_batch(processes.own_block(batch, model.mesh), model.mesh)
         logps, _ = score_jit(model.params, model.cfg, prompts, batch, sampling or Sampling())
         host = processes.whole(logps)
-        results += [[host[b, g, : len(c)] for g, c in enumerate(some[b])] for b in range(rows)]
+        results += [[_finite(model, host[b, g, : len(c)]) for g, c in enumerate(some[b])] for b in range(rows)]
     return results
 
 

@@ -6,12 +6,16 @@ Field names are Hugging Face's. Both forms are read: the flat one of transformer
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxmllm.errors import InputError
+from jaxmllm.model.names import EMBED, HEAD, canonical
+from jaxmllm.model.safetensors import INDEX, SINGLE, equal, read_headers
 
+log = logging.getLogger(__name__)
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("none", "dots", "full", "offload")
@@ -301,6 +305,7 @@ def _read_object(path: Path) -> Mapping[str, Any]:
 def load_model_config(folder: str | Path) -> ModelConfig:
     """Reads `folder/config.json`, and the end tokens of `folder/generation_config.json` where there is one.
 
+    A head that was trained apart from the embedding counts, whatever the file says: transformers (5.8) reads it so too.
     Raises InputError when the file is missing, is not JSON, or does not fit.
     """
     path = Path(folder) / "config.json"
@@ -310,4 +315,18 @@ def load_model_config(folder: str | Path) -> ModelConfig:
     path = path.with_name("generation_config.json")
     if path.is_file() and (ends := _Fields(_read_object(path), str(path), {}).token_list("eos_token_id")):
         config = dataclasses.replace(config, eos_token_id=ends)
+    if config.text.tie_word_embeddings and _has_own_head(Path(folder)):
+        log.warning(
+            "%s: lm_head.weight differs from the embedding that config.json ties it to; it is read apart", folder
+        )
+        config = dataclasses.replace(config, text=dataclasses.replace(config.text, tie_word_embeddings=False))
     return config
+
+
+def _has_own_head(folder: Path) -> bool:
+    """Whether the folder's weights hold a head beside the embedding and other than it. Folders without weights have none."""
+    if not (folder / SINGLE).is_file() and not (folder / INDEX).exists():
+        return False  # a configuration alone, for a plan
+    stored = read_headers(folder, canonical)
+    pair = [stored[name] for name in (HEAD, EMBED) if name in stored]
+    return len(pair) == 2 and all(tensor.is_readable for tensor in pair) and not equal(*pair)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from jaxmllm.data.chat import Buckets, Processor, collate, collate_completions, position_grid
-from jaxmllm.data.images import image_frames, patchify, smart_resize
+from jaxmllm.data.images import Frames, image_frames, patchify, smart_resize
 from jaxmllm.errors import InputError
 from tests.support.conversations import (
     MARKERS,
@@ -176,14 +176,38 @@ def test_positions_equal_torch(kind, processor):
     ours = Processor(processor.tokenizer, config, PIXELS, VIDEO)
     rng = np.random.default_rng(1)
     cases = [*LAYOUTS.values(), *(random_conversation(rng) for _ in range(40))]
-    ahead = 0
+    late = 0
     for conversation in cases:
         example = ours.encode(conversation)
-        positions, following = torch_positions(model, example, config)
-        np.testing.assert_array_equal(example.positions, positions)
-        assert example.next_position == following
-        ahead += following > positions[0, -1] + 1
-    assert ahead or kind == "qwen2_vl"  # a clip whose time runs past the text after it is among the cases
+        theirs, following = torch_positions(model, example, config)
+        expected, first = theirs.copy(), 0
+        for picture in example.vision:
+            # after a clip that is longer in time than in rows and columns the paper's positions go on later than torch's
+            here = np.flatnonzero((example.frame_of >= first) & (example.frame_of < first + picture.grid[0]))
+            beyond = max(0, theirs[0, here].max() - theirs[1:, here].max())
+            expected[:, here[-1] + 1 :] += beyond
+            first, late = first + picture.grid[0], late + (beyond > 0)
+        np.testing.assert_array_equal(example.positions, expected)
+        assert example.next_position == expected.max() + 1
+        assert example.next_position == following or (expected != theirs).any()
+    assert late > 5
+
+
+def test_text_after_a_video_follows_its_largest_position(processor):
+    """arXiv 2409.12191 section 2.1. The clip of transformers' issue 45381: 84 patches of 24 x 32, one every 2 s at 2 positions
+    a second, after 15 tokens: its last time position is 347, so the next token stands at 348 (transformers >= 5.3: 31)."""
+    vision = dataclasses.replace(processor.model_config.vision, tokens_per_second=2.0)
+    config = dataclasses.replace(processor.model_config, vision=vision)
+    ours = Processor(processor.tokenizer, config, PIXELS, VIDEO)
+    example = ours.encode([user(video(40, 28, 28, fps=1.0), text("what?"), image(28, 28), text("and?"))])
+    clip = example.frame_of == example.vision[0].grid[0] - 1
+    after = int(np.flatnonzero(clip)[-1]) + 1
+    assert (example.positions[:, after] == example.positions[:, clip].max() + 1).all()
+    line = np.arange(after, len(example.tokens))
+    line = line[example.frame_of[line] < 0]
+    assert (np.diff(example.positions[0, line]) >= 1).all()  # no text overlaps a picture, nor text before it
+    grid = position_grid(Frames(np.zeros(0), np.zeros(0), (84, 24, 32), np.zeros(192, np.int32), 2.0), config)
+    assert 15 + grid.max() + 1 == 348
 
 
 def test_time_positions_by_hand(processor):

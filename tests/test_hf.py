@@ -344,6 +344,7 @@ def test_no_weights_or_only_pickled_ones(broken):
 )
 def test_bad_index(broken, index, word):
     path, *_ = broken
+    (path / "model.safetensors").unlink()
     (path / "model.safetensors.index.json").write_text(index)
     refused(path, "model.safetensors.index.json", word)
 

@@ -1,6 +1,7 @@
 """Conversations become prompts: chat template, vision tokens, M-RoPE positions, and batches of a few fixed shapes.
 
-Token ids, vision-token counts and positions equal those of transformers' Qwen2-VL and Qwen2.5-VL processors and models.
+Token ids, vision-token counts and positions equal those of transformers' Qwen2-VL and Qwen2.5-VL processors and models, but
+for text after a video that is longer in time than in rows and columns, which follows the paper (see `Processor._expand`).
 """
 
 import dataclasses
@@ -256,8 +257,9 @@ class Processor:
             of_frame = np.repeat(np.arange(frame, frame + frames.grid[0]), len(frames.token_index))
             of_token = np.tile(frames.token_index, frames.grid[0])
             runs.append((np.full(frames.tokens, ids[at]), grid.reshape(3, -1) + position, of_frame, of_token))
-            # as transformers 5; version 4 went on after the last time position where that is further
-            position, frame = position + max(grid.shape[2:]), frame + frames.grid[0]
+            # arXiv 2409.12191 section 2.1: after the largest position of what came before. transformers since 5.3 begins
+            # sooner after a clip that is longer in time than in rows and columns, so that text overlaps the clip in time
+            position, frame = position + int(grid.max()) + 1, frame + frames.grid[0]
         tokens, positions, frame_of, token_of = (
             np.concatenate(parts, axis=-1).astype(np.int32) for parts in zip(*runs, strict=True)
         )

@@ -24,23 +24,10 @@ from safetensors.numpy import save_file
 from jaxmllm.config import ModelConfig
 from jaxmllm.errors import InputError
 from jaxmllm.model import qwen_vl
+from jaxmllm.model.names import NAMES, canonical
+from jaxmllm.model.safetensors import DTYPES, Stored, is_finite, read_headers
 
-# our path -> Hugging Face's name. {n} is a captured group, {layer} the index on our stacked axis, {leaf} weight or bias.
-NAMES = (
-    (r"embed", "model.embed_tokens.weight"),
-    (r"head", "lm_head.weight"),
-    (r"text/norm/(?P<leaf>\w+)", "model.norm.{leaf}"),
-    (r"text/layers/(?P<block>.+)/(?P<leaf>\w+)", "model.layers.{layer}.{block}.{leaf}"),
-    (r"vision/patch_embed/(?P<leaf>\w+)", "visual.patch_embed.proj.{leaf}"),
-    (r"vision/blocks/(?P<block>.+)/(?P<leaf>\w+)", "visual.blocks.{layer}.{block}.{leaf}"),
-    (r"vision/ln_q/(?P<leaf>\w+)", "visual.merger.ln_q.{leaf}"),
-    (r"vision/merger_fc1/(?P<leaf>\w+)", "visual.merger.mlp.0.{leaf}"),
-    (r"vision/merger_fc2/(?P<leaf>\w+)", "visual.merger.mlp.2.{leaf}"),
-)
-# transformers >= 4.52 nests the parts one level deeper in memory; both spellings occur in files
-ALIASES = (("model.language_model.", "model."), ("model.visual.", "visual."))
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|rotary_pos_emb\.inv_freq$")  # buffers that old versions saved
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # config, tokenizer and processor files copied on export
 MAX_LISTED = 40
 STRIP = 256  # columns copied together
@@ -141,75 +128,9 @@ def key_table(cfg: ModelConfig) -> dict[str, Entry]:
     return table
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """A tensor in a safetensors file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    def read(self, first: int = 0, rows: int | None = None) -> np.ndarray:
-        """All of it, or `rows` entries of its leading axis."""
-        dtype, row = jnp.dtype(DTYPES[self.dtype]), math.prod(self.shape[1:])
-        count = math.prod(self.shape) if rows is None else rows * row
-        found = np.fromfile(self.file, dtype, count, offset=self.start + first * row * dtype.itemsize)
-        return found.reshape(self.shape if rows is None else (rows, *self.shape[1:]))
-
-
-def _read_header(file: Path) -> dict[str, Stored]:
-    """Name -> tensor of one file. InputError when the header is not one of the safetensors format."""
-    size = file.stat().st_size
-    with open(file, "rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise InputError(f"{file}: truncated or not a safetensors file (header of {length} bytes, file of {size})")
-        text = handle.read(length)
-    base, tensors = 8 + length, {}
-    try:
-        for name, raw in json.loads(text).items():
-            if name != "__metadata__":
-                start, end = (int(offset) for offset in raw["data_offsets"])
-                shape = tuple(int(n) for n in raw["shape"])
-                if start < 0 or min(shape, default=0) < 0:
-                    raise ValueError(f"{name} has a negative size")
-                tensors[name] = Stored(file, str(raw["dtype"]), shape, base + start, base + end)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file}: not a safetensors file, its header cannot be read ({error!r})") from None
-    return tensors
-
-
-def _shards(index: Path) -> list[Path]:
-    """The files that an index names, all of them inside its folder."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: not a safetensors index ({error!r})") from None
-    if outside or not names:
-        raise InputError(f"{index}: weight_map must name files of the folder, got {', '.join(outside) or 'none'}")
-    lost = [name for name in names if not (index.parent / name).is_file()]
-    if lost:
-        raise InputError(f"{index}: shards missing from the folder: {', '.join(lost)}")
-    return [index.parent / name for name in names]
-
-
 def stored_tensors(folder: str | Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint folder, by canonical name: `model.safetensors` or the shards of its index."""
-    folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.exists() and not single.is_file():
-        raise InputError(f"{folder}: no model.safetensors or model.safetensors.index.json (only safetensors are read)")
-    files = _shards(index) if index.exists() else [single]
-    found = {}
-    for file in files:
-        for name, tensor in _read_header(file).items():
-            for long, short in ALIASES:
-                name = name.replace(long, short, 1) if name.startswith(long) else name
-            found[name] = tensor
-    return found
+    return read_headers(folder, canonical)
 
 
 def _check(folder: Path, cfg: ModelConfig, table: dict[str, Entry], found: dict[str, Stored]) -> None:
@@ -230,12 +151,14 @@ def _check(folder: Path, cfg: ModelConfig, table: dict[str, Entry], found: dict[
         elif tensor.end > tensor.file.stat().st_size:
             problems.append(f"truncated   {name}: {tensor.file.name} ends before it")
     if problems:
-        more = f"\n  ... and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise InputError(
-            f"{folder}: the checkpoint does not fit its config.json, {len(problems)} tensors differ:\n  "
-            + "\n  ".join(problems[:MAX_LISTED])
-            + more
+            f"{folder}: the checkpoint does not fit its config.json, {len(problems)} tensors differ:\n  {_list(problems)}"
         )
+
+
+def _list(problems: list[str]) -> str:
+    more = f"\n  ... and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    return "\n  ".join(problems[:MAX_LISTED]) + more
 
 
 def load_params(
@@ -248,7 +171,8 @@ def load_params(
     """Reads a checkpoint folder into our tree, each array created in its sharding.
 
     `dtype`: cast to it (None keeps the stored one). `sharding(path, shape)` names the target of each array; the default is
-    the first local device. Raises InputError with the full list when tensors are missing, extra, misshaped or truncated.
+    the first local device. Raises InputError with the full list when tensors are missing, extra, misshaped or truncated,
+    and with another when numbers are NaN or infinite, or become so in `dtype`.
     """
     folder = Path(folder)
     table, found = key_table(cfg), stored_tensors(folder)
@@ -258,14 +182,21 @@ def load_params(
         members.setdefault(entry.path, []).append(name)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params: dict = {}
+    spoiled: list[str] = []  # names of tensors with a number that is none
     for path, leaf in _leaves(abstract_params(cfg)):
         kind = jnp.dtype(dtype) if dtype else _common([found[name].dtype for name in members[path]])
         target = sharding(path, leaf) if sharding else default
-        array = _load_leaf(leaf.shape, kind, target, [(table[n], found[n]) for n in members[path]])
+        array = _load_leaf(leaf.shape, kind, target, [(n, table[n], found[n]) for n in members[path]], spoiled)
         node = params
         for key in path[:-1]:
             node = node.setdefault(key, {})
         node[path[-1]] = array
+    if spoiled:
+        cast = f", once cast to {dtype}" if dtype else ""
+        raise InputError(
+            f"{folder}: {len(spoiled)} tensors hold NaN or infinite numbers{cast}; the checkpoint is damaged, "
+            f"or needs bfloat16 or float32:\n  {_list(spoiled)}"
+        )
     return params
 
 
@@ -290,15 +221,20 @@ def _aligned(shape: list[int], dtype: jnp.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _load_leaf(shape, dtype, sharding, tensors: list[tuple[Entry, Stored]]) -> jax.Array:
-    """Fills one buffer per distinct local shard while reading each tensor once."""
+def _load_leaf(shape, dtype, sharding, tensors: list[tuple[str, Entry, Stored]], spoiled: list[str]) -> jax.Array:
+    """Fills one buffer per distinct local shard while reading each tensor once; adds names with NaN to `spoiled`."""
     places: dict[tuple, list] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         places.setdefault(bounds, []).append(device)
     buffers = {bounds: _aligned([hi - lo for lo, hi in bounds], dtype) for bounds in places}
-    for entry, stored in tensors:
+    for name, entry, stored in tensors:
         for first, piece in _pieces(entry, stored):
+            if dtype == np.float16:  # a number beyond its range is reported, not warned of
+                with np.errstate(over="ignore"):
+                    piece = piece.astype(dtype)
+            if not is_finite(piece) and name not in spoiled:
+                spoiled.append(name)
             for bounds, buffer in buffers.items():
                 inside = list(bounds)
                 if entry.layer is not None:
@@ -412,7 +348,9 @@ def _finish(
 
         write_limits(stage, *pixels)
     if (stage / "config.json").exists():
+        tied = config["tie_word_embeddings"]
         config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
+        tie(config, tied)
     for part in (config, *(config[key] for key in ("text_config", "vision_config") if config.get(key))):
         for key in ("dtype", "torch_dtype"):  # transformers loads in this dtype
             if key in part or (part is config and key == "torch_dtype" and "dtype" not in part):
@@ -429,6 +367,13 @@ def _finish(
         shutil.rmtree(old)
     else:
         os.replace(stage, folder)
+
+
+def tie(config: dict, tied: bool) -> None:
+    """Writes into the content of a `config.json` whether the head is the embedding, at both places that may say so."""
+    for part in (config, config.get("text_config") or {}):
+        if part is config or "tie_word_embeddings" in part:
+            part["tie_word_embeddings"] = tied
 
 
 def _plain(number: float) -> float:

@@ -1,5 +1,6 @@
 """Parameters of a Hugging Face folder as an Orbax checkpoint, and back."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -30,6 +31,9 @@ def to_orbax(source: str | Path, target: Path, dtype: str | None = None) -> None
         for file in folder.glob(pattern):
             if file.name != "model.safetensors.index.json":
                 shutil.copy(file, target / file.name)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    hf.tie(config, cfg.text.tie_word_embeddings)
+    (target / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def from_orbax(source: Path, target: Path, dtype: str | None = None) -> None:

@@ -1,6 +1,7 @@
 """The same random batch for transformers' torch model and for ours, without our processor or chat code.
 
-M-RoPE positions come from the torch model's own `get_rope_index`, patches are random numbers in Hugging Face's order.
+M-RoPE positions follow the paper and are passed to the torch model, which would place text after a long video sooner (see
+tests/test_chat.py). Patches are random numbers in Hugging Face's order.
 """
 
 import numpy as np
@@ -68,11 +69,16 @@ def torch_inputs(rows: list[tiny.Row]) -> dict:
     mask = np.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, : len(row.tokens)], mask[i, : len(row.tokens)] = row.tokens, 1
+    positions = np.zeros((3, *ids.shape), np.int64)
+    for i, row in enumerate(rows):  # tokens written after the prompt go on one by one
+        more = row.positions.max() + 1 + np.arange(len(row.tokens) - row.positions.shape[1])
+        positions[:, i, : len(row.tokens)] = np.concatenate([row.positions, np.tile(more, (3, 1))], axis=1)
     kinds = np.where(ids == IMAGE, 1, np.where(ids == VIDEO, 2, 0)) * mask
     inputs = dict(
         input_ids=torch.tensor(ids),
         attention_mask=torch.tensor(mask),
         mm_token_type_ids=torch.tensor(kinds, dtype=torch.int32),
+        position_ids=torch.tensor(positions),
     )
     for is_video, pixels, grid in (
         (False, "pixel_values", "image_grid_thw"),
@@ -86,13 +92,6 @@ def torch_inputs(rows: list[tiny.Row]) -> dict:
 
 
 def build(model, seed: int = 0) -> dict[str, tiny.Row]:
-    """ROWS with random contents and the torch model's positions."""
-    rng = np.random.default_rng(seed)
-    rows = {name: tiny.row(parts, PixelConfig(), rng) for name, parts in ROWS.items()}
-    names = ("input_ids", "image_grid_thw", "video_grid_thw", "attention_mask", "mm_token_type_ids")
-    for row in rows.values():
-        inputs = torch_inputs([row])
-        positions, delta = model.model.get_rope_index(**{name: inputs.get(name) for name in names})
-        row.positions = positions.numpy()[:, 0].astype(np.int32)
-        assert int(delta) + len(row.tokens) == row.positions.max() + 1
-    return rows
+    """ROWS with random contents."""
+    rng, step = np.random.default_rng(seed), getattr(model.config.vision_config, "tokens_per_second", 1)
+    return {name: tiny.row(parts, PixelConfig(), rng, step) for name, parts in ROWS.items()}

@@ -79,7 +79,8 @@ class Row:
     pictures: list  # (is_video, (t, h, w), patches in Hugging Face's order)
 
 
-def row(parts: list, pixels: PixelConfig, rng: np.random.Generator) -> Row:
+def row(parts: list, pixels: PixelConfig, rng: np.random.Generator, time_step: int = 1) -> Row:
+    """`time_step`: positions from one temporal patch of a video to the next."""
     tokens, positions, sources, frames, pictures, following = [], [], [], [], [], 0
 
     def text(ids):
@@ -102,9 +103,10 @@ def row(parts: list, pixels: PixelConfig, rng: np.random.Generator) -> Row:
         text([START])
         m = pixels.merge_size
         tokens += [VIDEO if is_video else IMAGE] * (t * h * w // m**2)
-        positions += [[following + x for x in grid] for grid in np.ndindex(t, h // m, w // m)]
+        grid = np.array(list(np.ndindex(t, h // m, w // m))) * [time_step, 1, 1]
+        positions += (following + grid).tolist()
         sources += [(len(frames) + f, int(k)) for f in range(t) for k in layout.token_index]
-        following += max(h, w) // m
+        following += int(grid.max()) + 1
         text([END])
         frames += [(window, layout.positions) for window in windows]
     return Row(tokens, np.array(positions, np.int32).T, sources, frames, pictures)
