@@ -1,10 +1,14 @@
 """Every file under configs/ loads, validates, and does what its docstring says: command, variants, data layout."""
 
 import ast
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import shlex
+import subprocess
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +23,8 @@ from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
 from jaxmllm.machine.targets import check_layout, known_meshes, load_mesh
 from jaxmllm.methods.grpo.rewards import of_method
+from jaxmllm.plan.placing import check_layouts
+from jaxmllm.plan.programs import architecture
 from jaxmllm.tasks import ocr
 from jaxmllm.tasks.detection import Weights
 from jaxmllm.training.config import MeshConfig, TrainConfig, load_config, parse_command
@@ -227,7 +233,7 @@ def test_mesh(name):
     # no step of the decode loop may have to gather parameters
     assert mesh.devices == 1 or mesh.sample.fsdp == 1
     text = (ROOT / "configs" / "meshes" / f"{name}.py").read_text()
-    assert f"--mesh {name}\n" in text
+    assert re.search(rf"--mesh {name}( \\\\)?\n", text)
     for size in SIZES:
         for axes in mesh.layouts(model(size)):
             sizes = check_layout(axes, mesh.devices, model=model(size))
@@ -297,3 +303,63 @@ def test_compile_devices(name):
         return
     assert len(devices) == mesh.devices
     assert len({device.process_index for device in devices}) == mesh.hosts
+
+
+def commands_of(path: Path) -> list[list[str]]:
+    """The words after `jaxmllm` of every command in a config's docstring, lines that end in a backslash joined."""
+    text = docstring(path).replace("\\\n", " ")
+    found = [
+        shlex.split(line.partition("jaxmllm ")[2], comments=True) for line in text.splitlines() if "jaxmllm " in line
+    ]
+    return [words for words in found if words and words[0] in ("plan", "train")]
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_the_command_of_a_mesh_fits_its_devices(name):
+    """Up to compilation: the config is valid, and its layouts divide model and batch."""
+    (command,) = commands_of(ROOT / "configs" / "meshes" / f"{name}.py")
+    config, given = parse_command("plan", [str(ROOT / command[1]), *command[2:]], ("--mesh",))
+    target = load_mesh(given["--mesh"])
+    cfg = architecture(config.model)
+    check_layouts(config, cfg, *target.layouts(cfg), target.devices)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+@pytest.mark.parametrize("name", [mesh for mesh in MESHES if mesh != "cpu"])
+def test_what_a_recipe_is_told_about_a_mesh_cures_it(recipe, name):
+    config, target = load_config(recipe), load_mesh(name)
+    cfg = architecture(config.model)
+    try:
+        check_layouts(config, cfg, *target.layouts(cfg), target.devices)
+    except InputError as error:
+        flags = re.search(r"(--batch_size \d+) (--optim.gradient_accumulation_steps \d+)", str(error)).group().split()
+        cured, _ = parse_command("plan", [str(recipe), *flags])
+        check_layouts(cured, cfg, *target.layouts(cfg), target.devices)
+        assert cured.batch_size < config.batch_size + target.devices
+
+
+def test_meshes_come_with_an_installed_package(tmp_path):
+    build = pytest.importorskip("setuptools.build_meta")
+    source = tmp_path / "source"
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    wanted = ("jaxmllm/__init__.py", "jaxmllm/machine", "configs/meshes", "pyproject.toml", "README.md", "LICENSE")
+    for file in (name for name in listed if name.startswith(wanted)):
+        (source / file).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / file).is_symlink():
+            (source / file).symlink_to((ROOT / file).readlink())
+        else:
+            (source / file).write_bytes((ROOT / file).read_bytes())
+    with monkeypatched_folder(source):
+        wheel = build.build_wheel(str(tmp_path))
+    names = set(zipfile.ZipFile(tmp_path / wheel).namelist())
+    assert {f"jaxmllm/machine/meshes/{name}.py" for name in MESHES} <= names
+
+
+@contextlib.contextmanager
+def monkeypatched_folder(folder: Path):
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)

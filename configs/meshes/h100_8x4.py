@@ -3,7 +3,8 @@
 Parameters are split over all nodes, so that 32B fits; 7B and below are faster with `replica` 4 and `fsdp` 8, where only
 gradients cross the network between nodes.
 
-    ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh h100_8x4
+    ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh h100_8x4 \\
+        --batch_size 32 --optim.gradient_accumulation_steps 1
 """
 
 from jaxmllm.machine.targets import H100, MeshTarget

@@ -1,6 +1,7 @@
 """A TPU v5e slice of 4 x 4 chips, four hosts: 3B and below with all parameters.
 
-./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v5e_16
+./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v5e_16 \\
+    --optim.gradient_accumulation_steps 1
 """
 
 from jaxmllm.machine.targets import V5E, MeshTarget

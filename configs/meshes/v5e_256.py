@@ -3,7 +3,8 @@
 A copy of 72B for sampling does not fit: eight key/value heads split over eight chips leave 18 GB on each.
 `tensor` 4 in training keeps a microbatch at 64 prompts.
 
-    ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v5e_256
+    ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v5e_256 \\
+        --batch_size 128 --optim.gradient_accumulation_steps 1
 """
 
 from jaxmllm.machine.targets import V5E, MeshTarget

@@ -2,7 +2,8 @@
 
 A microbatch is a multiple of 64 prompts; for fewer, `fsdp` 16 and `tensor` 4.
 
-    ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v5e_64
+    ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v5e_64 \\
+        --batch_size 64 --optim.gradient_accumulation_steps 1
 """
 
 from jaxmllm.machine.targets import V5E, MeshTarget

@@ -2,7 +2,8 @@
 
 The name counts chips, like the others here; Google Cloud counts cores and calls this slice v5p-128.
 
-    ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v5p_64
+    ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v5p_64 \\
+        --batch_size 64 --optim.gradient_accumulation_steps 1
 """
 
 from jaxmllm.machine.targets import V5P, MeshTarget

@@ -1,6 +1,7 @@
 """A TPU v6e (Trillium) slice of 4 x 4 chips, four hosts: 7B and below with all parameters.
 
-./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v6e_16
+./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v6e_16 \\
+    --optim.gradient_accumulation_steps 1
 """
 
 from jaxmllm.machine.targets import V6E, MeshTarget

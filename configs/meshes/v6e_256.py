@@ -2,7 +2,8 @@
 
 `tensor` 2 in training keeps a microbatch at 128 prompts.
 
-    ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v6e_256
+    ./launch/local.sh jaxmllm plan configs/perception_r1/grounding_2b.py --mesh v6e_256 \\
+        --batch_size 128 --optim.gradient_accumulation_steps 1
 """
 
 from jaxmllm.machine.targets import V6E, MeshTarget

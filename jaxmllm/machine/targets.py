@@ -14,7 +14,7 @@ import dataclasses
 import math
 import os
 import runpy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from jaxmllm.config import ModelConfig
 from jaxmllm.errors import InputError
 from jaxmllm.machine.mesh import AXES, MeshConfig
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "meshes"
+CONFIGS = Path(__file__).parent / "meshes"  # a link to configs/meshes, so that an installed package has them too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +146,13 @@ def check_layout(
     *,
     model: ModelConfig | None = None,
     rows: int | None = None,
+    cure: Callable[[int], str] | None = None,
 ) -> dict[str, int]:
     """Sizes of the axes, -1 filled in, when they suit so many devices, this model and so many prompts at once.
 
-    `rows` are the prompts that a program holds together: a microbatch in training, all of a rollout in sampling. Raises
-    InputError with a line per axis that does not fit: the axis, the dimension it would have to divide, and what fits.
+    `rows` are the prompts that a program holds together: a microbatch in training, all of a rollout in sampling; `cure` says
+    which flags make them a multiple of so many. Raises InputError with a line per axis that does not fit: the axis, the
+    dimension it would have to divide, and what fits.
     """
     sizes: dict[str, int] = {axis: getattr(axes, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -174,7 +176,7 @@ def check_layout(
         fit = [n for n in _divisors(devices) if rows % n == 0]
         problems.append(
             f"{where}: replica x fsdp = {sizes['replica']} x {sizes['fsdp']} does not divide the {rows} prompts of a "
-            f"microbatch; {_list(fit)} would, or multiples of {parts} prompts"
+            f"microbatch; {_list(fit)} would, or {cure(parts) if cure else f'multiples of {parts} prompts'}"
         )
     if problems:
         raise InputError("\n".join(problems))

@@ -18,10 +18,11 @@ import jax
 from jaxmllm.config import ModelConfig
 from jaxmllm.errors import InputError
 from jaxmllm.machine.mesh import make_mesh
-from jaxmllm.machine.targets import MeshTarget, check_layout, same_devices
+from jaxmllm.machine.targets import MeshTarget, same_devices
 from jaxmllm.methods.shapes import Program, Sizes, Traced
 from jaxmllm.plan import hlo
 from jaxmllm.plan.flops import count
+from jaxmllm.plan.placing import check_layouts
 from jaxmllm.plan.programs import Planned, architecture, programs_of, sizes_of
 from jaxmllm.plan.roofline import Links, Times, links_of
 from jaxmllm.training.config import MeshConfig, Remat, TrainConfig
@@ -93,9 +94,7 @@ def meshes_for(target: MeshTarget, cfg: ModelConfig, config: TrainConfig) -> tup
     """(training mesh, sampling mesh, their axes) of devices that may not be here. InputError where they do not suit."""
     devices = target.compile_devices() if target.topology else jax.devices()
     train, sample = target.layouts(cfg)
-    rows = config.batch_size // config.optim.gradient_accumulation_steps // config.method.cuts()
-    check_layout(train, len(devices), "training", model=cfg, rows=rows)
-    check_layout(sample, len(devices), "sampling", model=cfg, rows=config.batch_size)
+    check_layouts(config, cfg, train, sample, len(devices))
     mesh = make_mesh(**dataclasses.asdict(train), devices=devices)
     return mesh, same_devices(mesh, sample, "sampling"), train, sample
 
