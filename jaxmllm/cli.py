@@ -14,6 +14,7 @@ import tyro
 
 from jaxmllm.commands import reflect, tpl
 from jaxmllm.errors import EXIT_INPUT, InputError
+from jaxmllm.experts.command import tracks
 from jaxmllm.flags import finite, flag_types, spelled
 
 
@@ -416,9 +417,11 @@ COMMANDS: dict[str, Any] = {
     "eval": evaluate,
     "report": report,
     "plan": _elsewhere("Memory, products and time of a config on a machine that is not here: CONFIG.py --mesh MESH."),
-    "data": _elsewhere("Look at data: check reads every record, preview draws some, materialise writes a slice."),
+    "data": _elsewhere(
+        "Look at data: check reads every record, preview draws some, materialise writes a slice, tracks makes some of video."
+    ),
 }
-DATA_COMMANDS: dict[str, Any] = {"check": check, "preview": preview, "materialise": materialise}
+DATA_COMMANDS: dict[str, Any] = {"check": check, "preview": preview, "materialise": materialise, "tracks": tracks}
 
 
 def _call(commands: Mapping[str, Any], arguments: Sequence[str], prog: str, description: str | None) -> int:

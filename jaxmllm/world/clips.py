@@ -112,12 +112,18 @@ class Clip:
         """Where a mover is while it is seen: (first frame, last frame, one of nine parts of the view)."""
         spans: list[tuple[int, int, str]] = []
         for t, (x1, y1, x2, y2) in self.visible(number).items():
-            text = _PLACES[(y1 + y2) * 3 // (2 * self.size[1])][(x1 + x2) * 3 // (2 * self.size[0])]
+            text = place_of((x1, y1, x2, y2), self.size)
             if spans and spans[-1][2] == text and spans[-1][1] == t - 1:
                 spans[-1] = (spans[-1][0], t, text)
             else:
                 spans.append((t, t, text))
         return spans
+
+
+def place_of(box: Sequence[float], size: Sequence[int]) -> str:
+    """The one of nine parts of the view that holds the middle of a box."""
+    column, row = (min(int((box[k] + box[k + 2]) * 3 // (2 * size[k])), 2) for k in (0, 1))
+    return _PLACES[row][column]
 
 
 def _steps(spec: ClipSpec, stream: Stream) -> tuple[list[tuple[float, float]], list[tuple[int, int, str]]]:
