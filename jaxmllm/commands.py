@@ -138,8 +138,8 @@ def tpl(
     data: str,
     model: str = "tiny",
     limit: int = 256,
-    frames: int = 1,
-    single_mode: Literal["single", "repeat"] = "single",
+    tries: int = 1,
+    single_mode: Literal["repeat", "single"] = "repeat",
     out: Path | None = None,
     style: str = "qwen2_5_vl",
     min_tokens: int = 8,
@@ -155,14 +155,14 @@ def tpl(
         data: a source of clips such as world:tracks, or chats with one video each.
         model: the scorer: the model to measure, or to filter data the one that training starts from.
         limit: first records of the source.
-        frames: single frames tried for each record, drawn at random; 0: all.
-        single_mode: a single frame alone, or repeated to the clip's length (the control).
-        out: JSON lines with every record's scores and `keep`, which says whether it is in the better half of its task.
-            Train on that half with the same source and &keep=FILE.
+        tries: single frames tried for each record, drawn at random; 0: all.
+        single_mode: a frame repeated to the clip's length, so that a still clip scores 0; or alone, as published.
+        out: JSON lines with every record's scores and `keep`, which says whether it is in the better half of its task and
+            kind of question. Train on that half with the same source and &keep=FILE. A stopped call goes on.
         style: how tasks write boxes.
         min_tokens: shorter answers are not kept.
     """
-    for name, value, least in (("limit", limit, 1), ("frames", frames, 0), ("batch_size", batch_size, 1)):
+    for name, value, least in (("limit", limit, 1), ("tries", tries, 0), ("batch_size", batch_size, 1)):
         if value < least:
             raise InputError(f"--{name} {value}: must be at least {least}")
     if out is not None and out.exists():
@@ -173,30 +173,30 @@ def tpl(
     from jaxmllm.data.sources import open_source
     from jaxmllm.eval import tpl
     from jaxmllm.intervals import percentiles, ratio, value_and_samples
-    from jaxmllm.runfiles import JsonLines
 
     opened = open_source(data)
     loaded = api.load(model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
-    source = Sized(opened, loaded.processor.pixel_config)
-    records = [source[k] for k in range(min(limit, len(source)))]
-    options: dict[str, Any] = {
-        "frames": frames or None,
-        "single_mode": single_mode,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    scores = tpl.temporal_scores(loaded, records, Asking({"style": style}), **options)
-    kept = tpl.keep(scores, min_tokens)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with JsonLines(out) as file:
-            file.append({"index": k, **row, "keep": kept[k]} for k, row in enumerate(scores))
+    scores = tpl.score_source(
+        loaded,
+        Sized(opened, loaded.processor.pixel_config),
+        Asking({"style": style}),
+        out=out,
+        identity={"data": data, "model": model, "style": style, "pixels": [min_pixels, max_pixels], "dtype": dtype},
+        limit=limit,
+        min_tokens=min_tokens,
+        batch_size=batch_size,
+        tries=tries or None,
+        single_mode=single_mode,
+        seed=seed,
+    )
     names = [name for name in scores[0] if name.startswith("tpl_")] + ["ppl_full"]
     table = np.array([[row[name] for name in names] for row in scores])
     figures = percentiles(*value_and_samples(ratio(table, np.ones_like(table)), len(table)))
     for name, figure in zip(names, figures, strict=True):
         print(f"{name:14} {figure}")
-    print(f"{len(scores)} records, {sum(kept)} of them kept", file=sys.stderr)
+    print(f"{len(scores)} records, {sum(row['keep'] for row in scores)} of them kept", file=sys.stderr)
+    if (warning := tpl.unknown_task(scores)) is not None:
+        print(f"warning: {warning}", file=sys.stderr)
     if out is not None:
         print(f"to train on those: {data}{'&' if '?' in data else '?'}keep={out}", file=sys.stderr)
 

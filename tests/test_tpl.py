@@ -13,7 +13,7 @@ from jaxmllm.errors import InputError
 from jaxmllm.eval import tpl
 from tests.test_cli import refused
 
-CLIPS = "world:tracks?size=56x56&objects=1-2&frames=3&length=8"
+CLIPS = "world:tracks?size=56x56&objects=1-2&frames=3&length=8&kinds=box"  # halves are of one kind
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_scores_are_the_formula_on_the_scorers_probabilities(model):
     """Single frames are shown in other words here: as lists of one image, or of a frame twice."""
     record = open_source(CLIPS)[0]
     video = chat(record, "A red square.")
-    found = tpl.temporal_scores(model, [record, video], frames=None)
+    found = tpl.temporal_scores(model, [record, video], tries=None, single_mode="single")
     asking = Asking()
     question = asking.parts(record)[-1]
     answers = [asking.answer(record) + tpl.END, "A red square." + tpl.END]
@@ -77,9 +77,14 @@ def test_what_is_no_clip_is_refused(model):
 
 
 def test_the_command_and_training_on_what_it_keeps(tmp_path, capsys, monkeypatch):
-    def scripted(model, conversations, completions, **_):  # clips are as likely as single frames of odd records are not
-        clip = len(conversations[0][0]["content"]) > 2
-        return [[np.full(12, -1.0 if clip else -1.0 - k % 2)] for k in range(len(conversations))]
+    def scripted(model, conversations, completions, **_):
+        """One frame in the place of all is less likely than the clip for every other record."""
+        likely = []
+        for k, messages in enumerate(conversations):
+            shown = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
+            still = all(np.array_equal(shown[0], other) for other in shown)
+            likely.append([np.full(12, -1.0 - (k % 2 if still else 0))])
+        return likely
 
     monkeypatch.setattr(api, "score", scripted)
     out = tmp_path / "scores" / "tpl.jsonl"
@@ -91,7 +96,7 @@ def test_the_command_and_training_on_what_it_keeps(tmp_path, capsys, monkeypatch
     source = open_source(f"{CLIPS}&keep={out}")
     assert [record["id"] for record in source] == [open_source(CLIPS)[k]["id"] for k in (1, 3, 5, 7)]
     assert "exists already" in refused(capsys, "tpl", "--data", CLIPS, "--out", out)
-    assert "--frames -1" in refused(capsys, "tpl", "--data", CLIPS, "--frames", -1)
+    assert "--tries -1" in refused(capsys, "tpl", "--data", CLIPS, "--tries", -1)
     with pytest.raises(InputError, match="made of another source"):
         open_source(f"{CLIPS}&seed=1&keep={out}")
     out.write_text('{"id": 3}\n')

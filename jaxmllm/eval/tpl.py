@@ -1,11 +1,15 @@
 """Temporal perplexity of records about several frames: how much of the gold answer needs all of them.
 
-Source: sheet utr.md section 2; scores and filter: `losses.temporal`. The model scores a record's gold answer, end of turn
+Source: sheet utr.md section 2; scores and filter: `eval.perplexity`. The model scores a record's gold answer, end of turn
 included, once given all frames and once given each of K single frames, the same question both times. A metric of models
 and a filter of data, never a loss.
 """
 
+import contextlib
+import json
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,10 +21,12 @@ from jaxmllm.data.images import load_image
 from jaxmllm.data.video import load_video
 from jaxmllm.errors import InputError
 from jaxmllm.eval.perplexity import choose_frames, single_frame_clip, tpl_filter, tpl_score
+from jaxmllm.runfiles import JsonLines, plain, read_lines, replace_file
 
 Record = Mapping[str, Any]
 Message = Mapping[str, Any]
 END = "<|im_end|>"
+KNOWS = 1.0  # nats a token of the answers, below which a scorer knows the task (measured: above it TPL says nothing of time)
 _score = jax.jit(tpl_score)
 
 
@@ -30,8 +36,8 @@ def frame_count(messages: Sequence[Message]) -> int:
     return len(videos[0]["video"]) if videos else len(images)
 
 
-def one_frame(messages: Sequence[Message], index: int, single_mode: str = "single") -> list[dict[str, Any]]:
-    """The conversation with one of its frames; texts stay as they are. See `losses.temporal.single_frame_clip`.
+def one_frame(messages: Sequence[Message], index: int, single_mode: str = "repeat") -> list[dict[str, Any]]:
+    """The conversation with one of its frames; texts stay as they are. See `eval.perplexity.single_frame_clip`.
 
     Of a video the frame is doubled. An image is two equal frames to the model by itself: it stays where it stands and the
     others go; `repeat` puts it in the place of each of them.
@@ -84,23 +90,25 @@ def temporal_scores(
     records: Sequence[Record],
     asking: Asking | None = None,
     *,
-    frames: int | None = 1,
+    tries: int | None = 1,
     choice: str = "random",
-    single_mode: str = "single",
+    single_mode: str = "repeat",
     batch_size: int = 8,
     seed: int = 0,
+    first: int = 0,
 ) -> list[dict[str, Any]]:
     """Every form of TPL of each record, in the order of the records.
 
     Args:
         records: of a task whose images are the frames of a clip, or chats with one video.
-        frames: single frames drawn for each record, its number in the list seeding the draw; None: all of them.
+        tries: single frames drawn for each record, its number (`first` + place) seeding the draw; None: all of them.
         choice: `random` frames or the `last` one.
-        single_mode: `single`, or `repeat`: the frame repeated to the clip's length (the control run).
+        single_mode: `repeat`, the frame repeated to the clip's length, so that a still clip scores 0; or `single`, the frame
+            alone as published, which also measures how the scorer takes to shorter clips.
 
     Returns:
-        `id`, `task`, `tokens` (of the answer), `frames` (those tried), `ppl_full` and the figures of
-        `losses.temporal.tpl_score`: `tpl_nll_*` in nats a token, `tpl_ppl_*` in perplexity.
+        `id`, `task`, `kind` (of its query, or null), `tokens` (of the answer), `frames` (those tried), `ppl_full` and those of
+        `eval.perplexity.tpl_score`: `tpl_nll_*` in nats a token, `tpl_ppl_*` in perplexity.
 
     Raises:
         InputError: a record has no answer, or is not one clip of at least two frames.
@@ -108,7 +116,7 @@ def temporal_scores(
     asking = asking or Asking()
     whole = [_opened(model, record, asking) for record in records]
     tried = [
-        choose_frames(frame_count(messages), frames, np.random.default_rng([seed, k]), choice)
+        choose_frames(frame_count(messages), tries, np.random.default_rng([seed, first + k]), choice)
         for k, messages in enumerate(whole)
     ]
     answers = [asking.answer(dict(record)) + END for record in records]
@@ -135,6 +143,7 @@ def temporal_scores(
         {
             "id": record.get("id"),
             "task": record.get("task"),
+            "kind": (record.get("query") or {}).get("kind"),
             "tokens": int(mask[row].sum()),
             "frames": tried[row],
             **{name: float(table[name][row]) for name in names},
@@ -144,6 +153,75 @@ def temporal_scores(
 
 
 def keep(scores: Sequence[Mapping[str, Any]], min_tokens: int = 8) -> list[bool]:
-    """Which records to train on: those at or above their task's median of `tpl_nll_mean` (sheet utr.md 2.4)."""
-    values, lengths, tasks = ([row[name] for row in scores] for name in ("tpl_nll_mean", "tokens", "task"))
-    return tpl_filter(values, lengths, tasks, min_tokens=min_tokens).tolist()
+    """Which records to train on: those at or above the median `tpl_nll_mean` of their task and kind of query (sheet utr.md
+    2.4). A median over kinds would keep kinds of text: the half of one that needs no clip, and none of another.
+    """
+    values, lengths = ([row[name] for row in scores] for name in ("tpl_nll_mean", "tokens"))
+    groups = [(row["task"], row.get("kind")) for row in scores]
+    return tpl_filter(values, lengths, groups, min_tokens=min_tokens).tolist()
+
+
+def score_source(
+    model: api.Model,
+    source: Sequence[Record],
+    asking: Asking | None = None,
+    *,
+    out: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    min_tokens: int = 8,
+    batch_size: int = 8,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """`temporal_scores` of the first `limit` records of a source, with `index` and `keep`; few clips are held at a time.
+
+    With `out` the rows are also JSON lines in a file, which grows as they come beside it (`OUT.part`, with a first line that
+    says what it is of); a stopped call goes on there. `keep` needs all scores, so the file itself is written at the end.
+
+    Args:
+        identity: what else decides the scores (data, model); a file of others is refused.
+
+    Raises:
+        InputError: `out` exists already, or its part is of other data, model or options.
+    """
+    total = len(source) if limit is None else min(limit, len(source))
+    mine = plain({**(identity or {}), **options, "records": total})
+    rows: list[dict[str, Any]] = []
+    part = out.with_name(out.name + ".part") if out is not None else None
+    if out is not None and part is not None:
+        if out.exists():
+            raise InputError(f"{out}: exists already; name a new file")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        header, *rows = read_lines(part) or [mine]
+        if header != mine:
+            other = sorted(key for key in {*header, *mine} if header.get(key) != mine.get(key))
+            raise InputError(f"{part}: begun with another {', '.join(other)}; remove it or name a new file")
+    with JsonLines(part) if part is not None else contextlib.nullcontext() as file:
+        if file is not None and not rows and not part.stat().st_size:
+            file.append([mine])
+        while len(rows) < total:
+            first = len(rows)
+            records = [source[k] for k in range(first, min(first + 2 * batch_size, total))]
+            found = temporal_scores(model, records, asking, batch_size=batch_size, first=first, **options)
+            new = [{"index": first + k, **row} for k, row in enumerate(found)]
+            rows += new
+            if file is not None:
+                file.append(new)
+    rows = [{**row, "keep": kept} for row, kept in zip(rows, keep(rows, min_tokens), strict=True)]
+    if out is not None and part is not None:
+        replace_file(out, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
+        part.unlink()
+    return rows
+
+
+def unknown_task(scores: Sequence[Mapping[str, Any]]) -> str | None:
+    """A warning where the scorer does not know how such answers are written, so that its scores tell kinds of text apart
+    and not what needs frames: a median loss above `KNOWS` nats a token, of the answers given all frames.
+    """
+    loss = float(np.median([math.log(row["ppl_full"]) for row in scores]))
+    if loss <= KNOWS:
+        return None
+    return (
+        f"the scorer does not know this task: {loss:.1f} nats a token (perplexity {math.exp(min(loss, 700)):.3g}) given all "
+        f"frames, above {KNOWS:g}; train it on such answers first, since until then TPL measures the kind of text"
+    )
