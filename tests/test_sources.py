@@ -226,7 +226,7 @@ def test_world_specs():
 # ---------------------------------------------------------------- what is wrong with a spec or a file
 
 BAD_SPECS = {
-    "coco.json": "write KIND:PATH with one of the kinds world, coco, chat",
+    "coco.json": "write KIND:PATH with one of the kinds chat, .*world, or module:function:PATH",
     "voc:x": "write KIND:PATH with one of the kinds",
     "coco:{here}/none.json": r"none\.json: dataset not found",
     "coco:{here}": "this is a folder; give the file in it",

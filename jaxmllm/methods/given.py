@@ -109,7 +109,7 @@ class AnswerWork(Work):
 
 def sources_problems(facts: Facts, kind: str, method: str) -> list[str]:
     """A line where a source is not of the kind that the method learns from."""
-    if all(spec.startswith(f"{kind}:") for spec in facts.sources):
+    if all(spec.partition(":")[0] == kind for spec in facts.sources):
         return []
     return [f"data.train = {facts.sources}: method {method} learns from {kind}: sources"]
 

@@ -16,7 +16,7 @@ from jaxmllm.data.chat import Processor
 from jaxmllm.data.examples import Asking, Sized
 from jaxmllm.data.overlap import shared_records
 from jaxmllm.data.pipeline import agree_with_all
-from jaxmllm.data.sources import RecordSource, open_source
+from jaxmllm.data.sources import RecordSource, Spec, open_source
 from jaxmllm.errors import InputError
 from jaxmllm.eval import measure
 from jaxmllm.machine.mesh import make_mesh
@@ -66,15 +66,15 @@ def eval_sources(config: TrainConfig) -> dict[str, RecordSource]:
     return {name: open_source(spec) for name, spec in source_names(config.data.eval).items()}
 
 
-def source_names(specs: Sequence[str]) -> dict[str, str]:
+def source_names(specs: Sequence[str]) -> dict[str, Spec]:
     """Specs by a short name that keeps what tells them apart."""
-    short = [spec.partition("?")[0] for spec in specs]
-    names: dict[str, str] = {}
-    for spec, name in zip(specs, short, strict=True):
-        twins = [other for other, known in zip(specs, short, strict=True) if known == name]
-        shared = set.intersection(*(set(other.partition("?")[2].split("&")) for other in twins))
-        own = [option for option in spec.partition("?")[2].split("&") if option and option not in shared]
-        full = f"{name}?{'&'.join(own)}" if len(twins) > 1 and own else name
+    read = [Spec.parse(text) for text in specs]
+    names: dict[str, Spec] = {}
+    for spec in read:
+        twins = [set(other.options) for other in read if other.name == spec.name]
+        shared = set.intersection(*twins)
+        own = dataclasses.replace(spec, options=tuple(item for item in spec.options if item not in shared))
+        full = str(own) if len(twins) > 1 else spec.name
         names[full if full not in names else f"{full} ({len(names)})"] = spec
     return names
 
@@ -201,9 +201,8 @@ def boxes_in_words(config: TrainConfig, source: Sized) -> str:
 
 def open_mixture(config: TrainConfig) -> RecordSource:
     """The training sources as one, mixed by their weights."""
-    specs = list(config.data.train)
-    if config.data.weights:
-        specs = [f"{s}{'&' if '?' in s else '?'}weight={w}" for s, w in zip(specs, config.data.weights, strict=True)]
+    weights = config.data.weights or [None] * len(config.data.train)
+    specs = [Spec.parse(text).with_options(weight=w) for text, w in zip(config.data.train, weights, strict=True)]
     return open_source(specs if len(specs) > 1 else specs[0])
 
 

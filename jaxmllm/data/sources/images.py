@@ -10,6 +10,7 @@ from jaxmllm.data import conversations, records
 from jaxmllm.data.decoding import shown
 from jaxmllm.data.formats import Record, RowSource
 from jaxmllm.data.rows import Rows
+from jaxmllm.data.sources.registry import register
 from jaxmllm.errors import InputError
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -17,6 +18,7 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of Hugging 
 PROMPT = "Describe this image in detail."
 
 
+@register("images")
 def open_images(path: str, prompt: str = PROMPT) -> RowSource:
     """Every picture below a folder, asked `prompt`. What the folder says is the answer, the first of these that it has:
 
