@@ -169,6 +169,7 @@ def evaluate(
     repetition_penalty: float = 1.0,
     max_bad_records: int = 0,
     limit: int | None = None,
+    frames: tuple[Literal["all", "one", "shuffled", "none"], ...] = ("all",),
     batch_size: int = 32,
     max_new_tokens: int = 512,
     min_pixels: int | None = None,
@@ -188,6 +189,7 @@ def evaluate(
         rules: how answers are read: released repeats Perception-R1's code, bugs included.
         system: system turn; without it the template's own, or with `thinking` one that asks for it.
         max_bad_records: records that may be unreadable; they are left out.
+        frames: of clips: also with one frame in the place of all, shuffled, or none (grey). All stand in one table.
         by: also give the figures for each value of this record field.
     """
     from rich.progress import Progress
@@ -195,7 +197,7 @@ def evaluate(
     from jaxmllm import api
     from jaxmllm.data.examples import Sized
     from jaxmllm.data.sources import open_source
-    from jaxmllm.eval import harness, tables
+    from jaxmllm.eval import controls, harness, tables
     from jaxmllm.training.config import DataConfig, EvaluationConfig, TrainConfig
     from jaxmllm.training.setup import eval_asking, eval_options
 
@@ -210,6 +212,7 @@ def evaluate(
         model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels, max_source_pixels=max_source_pixels
     )
     sources = {spec: Sized(source, loaded.processor.pixel_config) for spec, source in opened.items()}
+    sources = controls.with_controls(sources, frames)
 
     def generate(records: Sequence[Mapping[str, Any]]) -> list[str]:
         chats = [asking.conversation(dict(record)) for record in records]
@@ -247,7 +250,8 @@ def evaluate(
             save_pictures=save_pictures,
             on_batch=lambda done, total: bar.update(line, completed=done, total=total),
         )
-    console.print(tables.terminal(tables.evaluation_rows(found), f"{model}"))
+    rows = tables.evaluation_rows(found) if len(frames) == 1 else controls.control_rows(found, frames)
+    console.print(tables.terminal(rows, f"{model}"))
     console.print(f"predictions and figures: {out}")
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
-from jaxmllm.eval.controls import SHOWN, Controlled, controlled
+from jaxmllm.eval.controls import SHOWN, Controlled, control_rows, controlled, with_controls
 from jaxmllm.eval.harness import evaluate
 from jaxmllm.world.quadruples import OrderQuadruples
 
@@ -66,6 +66,12 @@ def test_a_policy_that_looks_at_one_frame_gains_nothing_from_the_others(tmp_path
             said.append("A" if hits[0] > hits[1] else "B")
         return said
 
+    sources = with_controls({"order": source}, ["all", "one", "none"])
+    table = control_rows(evaluate(watch, sources, out_dir=tmp_path / "table"), ["all", "one", "none"])
+    assert table[0] == ["source", "n", "figure", "frames all", "frames one", "frames none"]
+    row = next(row for row in table if row[2] == "exact_match")
+    assert row[:2] == ["order", "80"] and row[4].startswith("0.500 [") and row[3].startswith(("0.9", "1.0"))
+    assert with_controls({"a": source}, ["all"]) == {"a": source}
     accuracy = {
         shown: evaluate(watch, Controlled(source, shown), out_dir=tmp_path / shown).flat()
         for shown in ("all", "one", "none")

@@ -14,6 +14,7 @@ from jaxmllm.data.decoding import image_size
 from jaxmllm.data.formats import Record, Source, choose
 from jaxmllm.data.selection import RecordSource, where
 from jaxmllm.errors import InputError
+from jaxmllm.eval.measure import Evaluation
 
 SHOWN = ("all", "one", "shuffled", "none")
 GREY = 128
@@ -41,6 +42,36 @@ class Controlled(Source):
             return record
         rng = np.random.default_rng([self.seed, zlib.crc32(str(record.get("id", index)).encode())])
         return controlled(record, self.shown, rng)
+
+
+def with_controls(sources: Mapping[str, RecordSource], shown: Sequence[str]) -> dict[str, RecordSource]:
+    """Every source once for each of `shown`, under a name that says which; the one with all frames keeps its own."""
+    return {
+        _label(name, how): source if how == "all" else Controlled(source, how)
+        for name, source in sources.items()
+        for how in dict.fromkeys(choose(how, SHOWN, "frames") for how in shown)
+    }
+
+
+def control_rows(evaluation: Evaluation, shown: Sequence[str]) -> list[list[str]]:
+    """[source, records, figure, value with interval for each of `shown`], header first: the controls beside each figure."""
+    known = {_label("", how): how for how in shown}
+    rows = []
+    for source, measured in evaluation.sources.items():
+        ending = next((end for end in known if end and source.endswith(end)), "")
+        if known.get(ending) != shown[0]:
+            continue
+        name = source.removesuffix(ending)
+        others = [evaluation.sources[_label(name, how)].figures for how in shown]
+        rows += [
+            [name, str(measured.n), figure, *(str(found.get(figure, "–")) for found in others)]
+            for figure in measured.figures
+        ]
+    return [["source", "n", "figure", *(f"frames {how}" for how in shown)], *rows]
+
+
+def _label(name: str, shown: str) -> str:
+    return name if shown == "all" else f"{name} (frames {shown})"
 
 
 def controlled(record: Record, shown: str, rng: np.random.Generator) -> Record:
