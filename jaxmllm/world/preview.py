@@ -1,7 +1,7 @@
 """Contact sheets: records with their annotations drawn, to see with one look whether a data set is right."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 _TILE = 336  # longest side of a picture on the sheet, pixels
 _LINE = 14  # height of a line of text
 _INK = (20, 20, 20)
+_WRONG = (255, 40, 40)  # a relation that does not hold
 # Distinct on any ground; each is drawn with a dark edge.
 _LOOKS = ((0, 255, 120), (255, 70, 200), (255, 225, 0), (0, 205, 255), (255, 140, 30), (190, 120, 255))
 Record = Mapping[str, Any]
@@ -89,6 +90,28 @@ def _texts(record: Record) -> list[str]:
     return texts
 
 
+def _relations(pen: ImageDraw.ImageDraw, record: Record, zoom: np.ndarray, box: Callable[..., None]) -> None:
+    """The language graph over the picture: a box for each phrase, a line for each relation, the wrong one in red."""
+    centres = np.array([[b[0] + b[2], b[1] + b[3]] for b in record["node_boxes"]], float) / 2 * zoom
+    for k, b in enumerate(record["node_boxes"]):
+        box(b, record["entities"][k], k)
+    for k, (subject, object_) in enumerate(record["edges"]):
+        ends = [tuple(centres[subject]), tuple(centres[object_])]
+        wrong = k == record["foil_pos"]
+        pen.line(ends, fill=(0, 0, 0), width=5)
+        pen.line(ends, fill=_WRONG if wrong else (255, 255, 255), width=3)
+        middle = (centres[subject] + centres[object_]) / 2
+        area = pen.textbbox(tuple(middle), record["relations"][k], font=_font(10), anchor="mm")
+        pen.rectangle(area, fill=(0, 0, 0))
+        pen.text(
+            tuple(middle),
+            record["relations"][k],
+            fill=_WRONG if wrong else (255, 255, 255),
+            font=_font(10),
+            anchor="mm",
+        )
+
+
 def _annotated(image: Image.Image, record: Record, frame: int) -> Image.Image:
     """The picture, enlarged, with the annotations of its frame."""
     several = len(record["images"]) > 1
@@ -115,7 +138,9 @@ def _annotated(image: Image.Image, record: Record, frame: int) -> Image.Image:
     def box(b: Sequence[float], text: str = "", look: int = 0) -> None:
         outline([b[0], b[1], b[2], b[1], b[2], b[3], b[0], b[3]], text, look)
 
-    if record.get("box"):
+    if "node_boxes" in record:
+        _relations(pen, record, zoom, box)
+    elif record.get("box"):
         box(record["box"])
     labels = list(dict.fromkeys(record.get("labels", ())))
     for k, b in enumerate(record.get("boxes", ())):
