@@ -13,6 +13,7 @@ from typing import Any, Literal
 import tyro
 
 from jaxmllm.commands import reflect, tpl
+from jaxmllm.data.relation_pairs.command import relations
 from jaxmllm.errors import EXIT_INPUT, InputError
 from jaxmllm.experts.command import tracks
 from jaxmllm.flags import finite, flag_types, spelled
@@ -422,10 +423,17 @@ COMMANDS: dict[str, Any] = {
     "report": report,
     "plan": _elsewhere("Memory, products and time of a config on a machine that is not here: CONFIG.py --mesh MESH."),
     "data": _elsewhere(
-        "Look at data: check reads every record, preview draws some, materialise writes a slice, tracks makes some of video."
+        "Look at data: check reads every record, preview draws some, materialise writes a slice, "
+        "tracks makes some of video, relations makes pairs."
     ),
 }
-DATA_COMMANDS: dict[str, Any] = {"check": check, "preview": preview, "materialise": materialise, "tracks": tracks}
+DATA_COMMANDS: dict[str, Any] = {
+    "check": check,
+    "preview": preview,
+    "materialise": materialise,
+    "tracks": tracks,
+    "relations": relations,
+}
 
 
 def _call(commands: Mapping[str, Any], arguments: Sequence[str], prog: str, description: str | None) -> int:

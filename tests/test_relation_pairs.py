@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -213,3 +215,14 @@ def test_bad_requests(tmp_path, source, options, message):
     with pytest.raises(InputError, match=message.replace("?", ".")):
         make(source, tmp_path / "out", **options)
     assert not (tmp_path / "out" / "train.jsonl").exists()
+
+
+def test_the_command_writes_pairs_and_a_preview(tmp_path):
+    out = tmp_path / "out"
+    flags = ["--pairs", "6", "--val-pairs", "0", "--test-pairs", "0"]
+    command = [sys.executable, "-m", "jaxmllm.cli", "data", "relations", "--from"]
+    done = subprocess.run([*command, "world:?size=84x84", "--out", str(out), *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(read(out, "train")) == 12 and Image.open(out / "preview.png").width > 300 and "language" in done.stdout
+    done = subprocess.run([*command, "world:", "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "exists already" in done.stderr

@@ -135,7 +135,9 @@ def gqa(path: str, images: str | None = None) -> Iterator[Picture]:
 
 def _scene_graph(name: str, entry: Mapping[str, Any], root: Path) -> Picture:
     size = (int(entry["width"]), int(entry["height"]))
-    things, place, stated = [], {}, {}
+    things: list[dict[str, Any]] = []
+    place: dict[str, int] = {}
+    stated: dict[str, set[tuple[int, int]]] = {}
     for key, thing in entry["objects"].items():
         x, y, w, h = (float(thing[k]) for k in "xywh")
         if w <= 0 or h <= 0 or x < 0 or y < 0 or x + w > size[0] + 1 or y + h > size[1] + 1:
