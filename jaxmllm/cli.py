@@ -427,13 +427,8 @@ COMMANDS: dict[str, Any] = {
         "tracks makes some of video, relations makes pairs."
     ),
 }
-DATA_COMMANDS: dict[str, Any] = {
-    "check": check,
-    "preview": preview,
-    "materialise": materialise,
-    "tracks": tracks,
-    "relations": relations,
-}
+DATA_COMMANDS: dict[str, Any] = {"check": check, "preview": preview, "materialise": materialise}
+DATA_COMMANDS |= {"tracks": tracks, "relations": relations}
 
 
 def _call(commands: Mapping[str, Any], arguments: Sequence[str], prog: str, description: str | None) -> int:
