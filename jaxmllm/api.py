@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmllm.config import ModelConfig, load_model_config
 from jaxmllm.data.chat import Buckets, Example, Processor, collate, collate_completions
 from jaxmllm.errors import InputError
 from jaxmllm.machine import processes
 from jaxmllm.machine.mesh import param_shardings, shard_batch
-from jaxmllm.model import hf, qwen_vl
+from jaxmllm.model import family, hf
+from jaxmllm.model.config import ModelConfig
+from jaxmllm.model.family import load_model_config
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout import sampler
 from jaxmllm.rollout.scorer import score_jit
@@ -348,5 +349,5 @@ def save(model: Model, folder: str | Path, *, dtype: str | None = None) -> None:
 def init_params(cfg: ModelConfig, seed: int, mesh: Mesh | None = None) -> dict:
     """Random parameters, created in their shards."""
     shardings = None if mesh is None else param_shardings(hf.abstract_params(cfg), mesh)
-    make = jax.jit(lambda key: qwen_vl.init(key, cfg), out_shardings=shardings)
+    make = jax.jit(lambda key: family.init(key, cfg), out_shardings=shardings)
     return make(jax.random.key(seed))

@@ -309,11 +309,11 @@ def check(
 
     from jaxmllm import api
     from jaxmllm.commands import total_reward
-    from jaxmllm.config import load_model_config
     from jaxmllm.data import check as looking
     from jaxmllm.data.chat import Processor
     from jaxmllm.data.examples import Asking
     from jaxmllm.data.sources import open_source
+    from jaxmllm.model.family import load_model_config
 
     for name, value in (
         ("limit", limit or 1),

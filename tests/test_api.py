@@ -12,11 +12,11 @@ import pytest
 
 import jaxmllm
 from jaxmllm import api
-from jaxmllm.config import load_model_config
 from jaxmllm.data.chat import Buckets
 from jaxmllm.errors import InputError
 from jaxmllm.machine.mesh import make_mesh
-from jaxmllm.model import hf, qwen_vl
+from jaxmllm.model import family, hf
+from jaxmllm.model.family import load_model_config
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.types import Prompts
 from tests.support import tiny
@@ -161,7 +161,7 @@ def test_score_equals_a_plain_log_softmax(model):
             np.testing.assert_allclose(logps, expected, atol=1e-4)
 
 
-PLAIN = jax.jit(qwen_vl.forward, static_argnums=1)
+PLAIN = jax.jit(family.forward, static_argnums=1)
 
 
 def test_score_equals_what_generate_reported(model, drawn):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmllm.data.chat import Buckets, Processor, collate, collate_completions, position_grid
+from jaxmllm.data.chat import Buckets, Processor, collate, collate_completions
 from jaxmllm.data.images import Frames, image_frames, patchify, smart_resize
 from jaxmllm.errors import InputError
+from jaxmllm.model import family
 from tests.support.conversations import (
     MARKERS,
     PIXELS,
@@ -206,14 +207,16 @@ def test_text_after_a_video_follows_its_largest_position(processor):
     line = np.arange(after, len(example.tokens))
     line = line[example.frame_of[line] < 0]
     assert (np.diff(example.positions[0, line]) >= 1).all()  # no text overlaps a picture, nor text before it
-    grid = position_grid(Frames(np.zeros(0), np.zeros(0), (84, 24, 32), np.zeros(192, np.int32), 2.0), config)
+    grid = family.of(config).positions(
+        Frames(np.zeros(0), np.zeros(0), (84, 24, 32), np.zeros(192, np.int32), 2.0), config
+    )
     assert 15 + grid.max() + 1 == 348
 
 
 def test_time_positions_by_hand(processor):
     """Qwen2.5-VL: 4 positions a second; 8 frames at 2 a second are 4 patches, one second apart."""
     example = processor.encode([user(video(8, 28, 28, fps=2.0))])
-    grid = position_grid(example.vision[0], processor.model_config)
+    grid = family.of(processor.model_config).positions(example.vision[0], processor.model_config)
     assert grid[0, :, 0, 0].tolist() == [0, 4, 8, 12]
     assert example.vision[0].seconds_per_grid == 1.0
 

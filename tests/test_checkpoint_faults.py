@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 import jaxmllm
 from jaxmllm.api import TINY
-from jaxmllm.config import load_model_config
 from jaxmllm.errors import InputError
 from jaxmllm.model import hf
+from jaxmllm.model.family import load_model_config
 from jaxmllm.training.convert import from_orbax, to_orbax
 
 TALK = [{"role": "user", "content": "Count the red circles."}]

@@ -6,9 +6,10 @@ import math
 
 import pytest
 
-from jaxmllm.config import ModelConfig, load_model_config, model_config
 from jaxmllm.errors import InputError
 from jaxmllm.model import hf
+from jaxmllm.model.config import ModelConfig
+from jaxmllm.model.family import load_model_config, model_config
 
 IDS = {
     "bos_token_id": 151643,

@@ -44,8 +44,8 @@ def name_of(path: Path) -> str:
 
 def model(size: str) -> SimpleNamespace:
     heads, groups, tower = SIZES[size]
-    text = SimpleNamespace(num_attention_heads=heads, num_key_value_heads=groups)
-    return SimpleNamespace(text=text, vision=SimpleNamespace(num_heads=tower))
+    names = ("num_attention_heads", "num_key_value_heads", "vision_config.num_heads")
+    return SimpleNamespace(heads=dict(zip(names, (heads, groups, tower), strict=True)))
 
 
 def docstring(path: Path) -> str:

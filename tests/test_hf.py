@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxmllm.config import load_model_config, model_config
 from jaxmllm.errors import InputError
 from jaxmllm.machine.mesh import make_mesh, param_shardings
-from jaxmllm.model import hf
+from jaxmllm.model import family, hf
+from jaxmllm.model.family import load_model_config, model_config
 from tests.support import tiny
 
 KINDS = ("qwen2_5_vl", "qwen2_vl")
@@ -68,7 +68,7 @@ def test_bit_equal_round_trip(kind, dtype, limit, tmp_path):
     files = list((tmp_path / "out").glob("*.safetensors"))
     assert len(files) == 1 if limit > 50_000 else len(files) > 2
     assert all(len(load_file(file)) == 1 or file.stat().st_size < limit + 20_000 for file in files)
-    same({name: stored.read() for name, stored in hf.stored_tensors(tmp_path / "out").items()}, content)
+    same({name: stored.read() for name, stored in hf.stored_tensors(tmp_path / "out", family.of(cfg)).items()}, content)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("qwen2_5_vl", "bfloat16"), ("qwen2_vl", "float32")])
@@ -89,7 +89,7 @@ def test_transformers_checkpoint_round_trip(kind, dtype, tmp_path):
 
     hf.save_params(params, cfg, tmp_path / "ours", source=tmp_path / "theirs", max_shard_bytes=100_000)
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 2
-    canonical = {name: stored.read() for name, stored in hf.stored_tensors(tmp_path / "theirs").items()}
+    canonical = {name: stored.read() for name, stored in hf.stored_tensors(tmp_path / "theirs", family.of(cfg)).items()}
     same(tensors(tmp_path / "ours"), canonical)
     index = json.loads((tmp_path / "ours/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in canonical.values())
@@ -109,7 +109,7 @@ def test_transformers_checkpoint_round_trip(kind, dtype, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_config_round_trip(kind):
     cfg = dataclasses.replace(tiny.config(kind), eos_token_id=(7, 9), pad_token_id=3)
-    assert model_config(json.loads(json.dumps(hf.config_to_hf(cfg)))) == cfg
+    assert model_config(json.loads(json.dumps(family.of(cfg).write_config(cfg)))) == cfg
 
 
 @pytest.mark.parametrize("kind", KINDS)

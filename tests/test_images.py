@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jaxmllm.config import ModelConfig, TextConfig, VisionConfig
 from jaxmllm.data.images import (
     PixelConfig,
     image_frames,
@@ -25,6 +24,7 @@ from jaxmllm.data.images import (
     write_limits,
 )
 from jaxmllm.errors import InputError
+from jaxmllm.model.config import ModelConfig, TextConfig, VisionConfig
 
 SHARED = Path(os.environ.get("JAXMLLM_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 MODEL = ModelConfig(

@@ -10,10 +10,11 @@ from safetensors.numpy import load_file, save_file
 
 from jaxmllm.errors import InputError
 from jaxmllm.methods.optim import join, split
-from jaxmllm.model import lora, qwen_vl
+from jaxmllm.model import embedding, family, lora
 from tests.support import tiny
 
 CFG = tiny.config()
+FAMILY = family.of(CFG)
 PARAMS = tiny.params(CFG)
 EVERY = r"(text|vision)/.*"
 CONFIG = lora.LoRAConfig(r=3, lora_alpha=7.0, targets=EVERY)
@@ -21,7 +22,7 @@ CONFIG = lora.LoRAConfig(r=3, lora_alpha=7.0, targets=EVERY)
 
 def adapted(config=CONFIG, seed=0):
     """Parameters with adapters whose B is not zero, as after training."""
-    params = lora.add(jax.random.key(seed), PARAMS, config)
+    params = lora.add(jax.random.key(seed), PARAMS, config, FAMILY)
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -34,7 +35,7 @@ def hidden_states(params, prompts):
     return np.asarray(FORWARD(params, CFG, prompts)[0])
 
 
-FORWARD = jax.jit(qwen_vl.forward, static_argnums=1)
+FORWARD = jax.jit(family.forward, static_argnums=1)
 
 
 def leaves(tree) -> dict[str, np.ndarray]:
@@ -44,7 +45,7 @@ def leaves(tree) -> dict[str, np.ndarray]:
 
 def test_a_fresh_adapter_changes_nothing():
     prompts = tiny.prompts(CFG)
-    fresh = lora.add(jax.random.key(0), PARAMS, CONFIG)
+    fresh = lora.add(jax.random.key(0), PARAMS, CONFIG, FAMILY)
     np.testing.assert_array_equal(hidden_states(fresh, prompts), hidden_states(PARAMS, prompts))
 
 
@@ -73,11 +74,13 @@ def test_merge_keeps_the_kernels_dtype():
 
 
 def test_targets_choose_layers():
-    chosen = leaves(lora.add(jax.random.key(0), PARAMS, lora.LoRAConfig(r=2, targets=r"text/.*/(q|v)_proj"))["lora"])
+    chosen = leaves(
+        lora.add(jax.random.key(0), PARAMS, lora.LoRAConfig(r=2, targets=r"text/.*/(q|v)_proj"), FAMILY)["lora"]
+    )
     assert sorted(chosen) == [f"text/layers/self_attn/{p}_proj/{x}" for p in "qv" for x in ("a", "b", "scale")]
-    default = leaves(lora.add(jax.random.key(0), PARAMS, lora.LoRAConfig(r=2))["lora"])
+    default = leaves(lora.add(jax.random.key(0), PARAMS, lora.LoRAConfig(r=2), FAMILY)["lora"])
     assert len(default) == 7 * 3 and all(path.startswith("text/layers/") for path in default)
-    everything = leaves(lora.add(jax.random.key(0), PARAMS, lora.LoRAConfig(r=2, targets=".*"))["lora"])
+    everything = leaves(lora.add(jax.random.key(0), PARAMS, lora.LoRAConfig(r=2, targets=".*"), FAMILY)["lora"])
     # the patch embedding is a convolution elsewhere, embedding and head are no layers
     assert len(everything) == (7 + 5 + 2) * 3
 
@@ -92,7 +95,7 @@ def test_targets_choose_layers():
 )
 def test_bad_options(config, message):
     with pytest.raises(InputError, match=message):
-        lora.add(jax.random.key(0), PARAMS, config)
+        lora.add(jax.random.key(0), PARAMS, config, FAMILY)
 
 
 def test_only_adapters_are_trained_and_each_gets_a_gradient():
@@ -105,7 +108,7 @@ def test_only_adapters_are_trained_and_each_gets_a_gradient():
 
     @jax.jit
     def gradient(train):
-        return jax.grad(lambda t: jnp.sum(qwen_vl.forward(join(t, frozen), CFG, prompts)[0] * weights))(train)
+        return jax.grad(lambda t: jnp.sum(family.forward(join(t, frozen), CFG, prompts)[0] * weights))(train)
 
     for path, grad in leaves(gradient(train)).items():
         assert np.abs(grad).max() > 1e-6, path
@@ -132,8 +135,8 @@ def test_freezing_by_expression(trainable, expected):
 
 def test_saved_and_loaded(tmp_path):
     params = adapted()
-    lora.save(params, CONFIG, tmp_path / "adapter")
-    back = leaves(lora.load(PARAMS, tmp_path / "adapter")["lora"])
+    lora.save(params, CONFIG, tmp_path / "adapter", FAMILY)
+    back = leaves(lora.load(PARAMS, tmp_path / "adapter", FAMILY)["lora"])
     expected = leaves(params["lora"])
     assert back.keys() == expected.keys()
     for path in expected:
@@ -143,10 +146,9 @@ def test_saved_and_loaded(tmp_path):
 def test_names_are_pefts(tmp_path):
     """As PEFT names modules of transformers' models: every target is one of their linear layers, with its shapes."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    from jaxmllm.model.hf import config_to_hf
 
-    lora.save(adapted(), CONFIG, tmp_path)
-    config = config_to_hf(CFG)
+    lora.save(adapted(), CONFIG, tmp_path, FAMILY)
+    config = FAMILY.write_config(CFG)
     kind = transformers.AutoConfig.for_model(**{k: v for k, v in config.items() if k != "architectures"})
     with torch.device("meta"):
         model = transformers.Qwen2_5_VLForConditionalGeneration(kind)
@@ -163,30 +165,30 @@ def test_names_are_pefts(tmp_path):
 
 def test_peft_itself_computes_the_same(tmp_path):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
-    from jaxmllm.config import load_model_config
     from jaxmllm.data.images import PixelConfig
     from jaxmllm.model import hf
+    from jaxmllm.model.family import load_model_config
     from tests.support import parity
 
     model = parity.torch_model("qwen2_5_vl")
     model.save_pretrained(tmp_path / "base")
     cfg = load_model_config(tmp_path / "base")
     base = hf.load_params(tmp_path / "base", cfg)
-    params = lora.add(jax.random.key(0), base, CONFIG)
+    params = lora.add(jax.random.key(0), base, CONFIG, FAMILY)
     params["lora"] = jax.tree.map(lambda x: jnp.where(x == 0, 0.05, x), params["lora"])
-    lora.save(params, CONFIG, tmp_path / "adapter")
+    lora.save(params, CONFIG, tmp_path / "adapter", FAMILY)
     rows = parity.build(model)
     with torch.no_grad():
         expected = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")(
             **parity.torch_inputs([rows["one image"]])
         ).logits[0]
-    hidden, _ = qwen_vl.forward(params, cfg, tiny.pad([rows["one image"]], PixelConfig()))
-    np.testing.assert_allclose(qwen_vl.logits(params, hidden)[0], expected, atol=1e-3)
+    hidden, _ = family.forward(params, cfg, tiny.pad([rows["one image"]], PixelConfig()))
+    np.testing.assert_allclose(embedding.logits(params, hidden)[0], expected, atol=1e-3)
 
 
 def test_names_from_before_transformers_4_52_and_rank_stabilised_scale(tmp_path):
     params = adapted()
-    lora.save(params, CONFIG, tmp_path)
+    lora.save(params, CONFIG, tmp_path, FAMILY)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     old = {
         name.replace("model.model.language_model.", "model.model.").replace(
@@ -198,14 +200,14 @@ def test_names_from_before_transformers_4_52_and_rank_stabilised_scale(tmp_path)
     save_file(old, tmp_path / "adapter_model.safetensors")
     meta = json.loads((tmp_path / "adapter_config.json").read_text()) | {"use_rslora": True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(meta))
-    back, expected = leaves(lora.load(PARAMS, tmp_path)["lora"]), leaves(params["lora"])
+    back, expected = leaves(lora.load(PARAMS, tmp_path, FAMILY)["lora"]), leaves(params["lora"])
     for path in expected:
         want = np.full_like(expected[path], 7 / 3**0.5) if path.endswith("scale") else expected[path]
         np.testing.assert_allclose(back[path], want, rtol=1e-6)
 
 
 def test_adapters_that_do_not_fit_are_refused_with_the_list(tmp_path):
-    lora.save(adapted(), CONFIG, tmp_path)
+    lora.save(adapted(), CONFIG, tmp_path, FAMILY)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     start = "base_model.model.model.language_model.layers"
     del tensors[f"{start}.0.mlp.up_proj.lora_B.weight"]
@@ -213,7 +215,7 @@ def test_adapters_that_do_not_fit_are_refused_with_the_list(tmp_path):
     tensors[f"{start}.9.mlp.up_proj.lora_A.weight"] = np.zeros((3, 32), np.float32)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(InputError) as error:
-        lora.load(PARAMS, tmp_path)
+        lora.load(PARAMS, tmp_path, FAMILY)
     for words in (
         f"missing       {start}.0.mlp.up_proj.lora_B.weight",
         f"misshaped     {start}.1.mlp.gate_proj: A [3, 31], B [48, 3]",
@@ -237,9 +239,9 @@ def test_adapters_that_do_not_fit_are_refused_with_the_list(tmp_path):
     ],
 )
 def test_bad_files(tmp_path, file, content, message):
-    lora.save(adapted(), CONFIG, tmp_path)
+    lora.save(adapted(), CONFIG, tmp_path, FAMILY)
     (tmp_path / file).unlink()
     if content is not None:
         (tmp_path / file).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        lora.load(PARAMS, tmp_path)
+        lora.load(PARAMS, tmp_path, FAMILY)

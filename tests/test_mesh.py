@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxmllm.errors import InputError
 from jaxmllm.machine import layout
 from jaxmllm.machine.mesh import RULES, make_mesh, param_shardings, shard_batch, spec_for, tree_paths
-from jaxmllm.model import hf, lora
+from jaxmllm.model import family, hf, lora
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout import sampler
 from jaxmllm.rollout.scorer import score, score_halves
@@ -252,7 +252,9 @@ def test_the_search_for_collectives_finds_them():
 def test_every_parameter_has_a_rule_and_matrices_are_split(kind, sizes):
     cfg, mesh = tiny.config(kind), make_mesh(**sizes)
     shapes = hf.abstract_params(cfg)
-    adapters = jax.eval_shape(lambda p: lora.add(jax.random.key(0), p, lora.LoRAConfig(r=2, targets=".*")), shapes)
+    adapters = jax.eval_shape(
+        lambda p: lora.add(jax.random.key(0), p, lora.LoRAConfig(r=2, targets=".*"), family.of(cfg)), shapes
+    )
     paths = jax.tree.leaves(tree_paths(adapters))
     for path, leaf, sharding in zip(
         paths, *map(jax.tree.leaves, (adapters, param_shardings(adapters, mesh))), strict=True

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxmllm.data.images import PixelConfig
-from jaxmllm.model import qwen_vl
+from jaxmllm.model import embedding, family
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout.scorer import score
 from jaxmllm.types import Prompts
@@ -76,8 +76,8 @@ def test_shared_equals_one_plain_sequence(model):
 
     @jax.jit
     def plain(params, joined):
-        hidden, _ = qwen_vl.forward(params, cfg, joined)
-        return jax.nn.log_softmax(qwen_vl.logits(params, hidden), axis=-1)
+        hidden, _ = family.forward(params, cfg, joined)
+        return jax.nn.log_softmax(embedding.logits(params, hidden), axis=-1)
 
     log_probs = np.asarray(plain(params, joined))
     got = np.zeros((rows * G, T))
@@ -115,19 +115,19 @@ def test_cached_decode_equals_full_forward(model):
 
     @jax.jit
     def full(params, prompts, completions):
-        return qwen_vl.logits(params, qwen_vl.forward(params, cfg, prompts, completions)[1])
+        return embedding.logits(params, family.forward(params, cfg, prompts, completions)[1])
 
     @jax.jit
     def cached(params, prompts, tokens):
-        hidden, cache = qwen_vl.prefill(params, cfg, prompts, G, T)
+        hidden, cache = family.prefill(params, cfg, prompts, G, T)
 
         def one(cache, step):
-            hidden, cache = qwen_vl.decode(params, cfg, tokens[:, :, step], step, cache)
+            hidden, cache = family.decode(params, cfg, tokens[:, :, step], step, cache)
             return cache, hidden
 
         _, later = jax.lax.scan(one, cache, jnp.arange(T - 1))
         first = jnp.broadcast_to(hidden[:, None], later.shape[1:])
-        return qwen_vl.logits(params, jnp.concatenate([first[None], later]).transpose(1, 2, 0, 3))
+        return embedding.logits(params, jnp.concatenate([first[None], later]).transpose(1, 2, 0, 3))
 
     got, expected = cached(params, prompts, completions.tokens), full(params, prompts, completions)
     np.testing.assert_allclose(got, expected, atol=ATOL)
@@ -171,7 +171,7 @@ def test_how_it_runs_does_not_matter(run):
 
 def test_a_given_tower_output_is_used(model):
     cfg, params, prompts, completions, expected = model
-    tokens = jax.jit(qwen_vl.encode, static_argnums=1)(params, cfg, prompts.vision)
+    tokens = jax.jit(family.encode, static_argnums=1)(params, cfg, prompts.vision)
     got = jax.jit(score, static_argnums=(1, 4))(params, cfg, prompts, completions, Sampling(), tokens)[0]
     close(got, expected, completions.lengths)
 
@@ -179,7 +179,7 @@ def test_a_given_tower_output_is_used(model):
 def test_bfloat16_activations_stay_near(model):
     cfg, params, prompts, completions, expected = model
     half = dataclasses.replace(cfg, dtype="bfloat16")
-    hidden, _ = jax.eval_shape(lambda p: qwen_vl.forward(p, half, prompts, completions), params)
+    hidden, _ = jax.eval_shape(lambda p: family.forward(p, half, prompts, completions), params)
     assert hidden.dtype == jnp.bfloat16
     gap = np.abs(logps(params, half, prompts, completions) - expected) * completions.weights
     assert 0 < gap.sum() / completions.weights.sum() < 0.1

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmllm.config import load_model_config
 from jaxmllm.data.images import PixelConfig
-from jaxmllm.model import hf, qwen_vl
+from jaxmllm.model import embedding, family, hf
+from jaxmllm.model.family import load_model_config
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout import sampler
 from tests.support import parity, tiny
@@ -40,9 +40,9 @@ def ours(pair):
 
     @jax.jit
     def run(params, prompts):
-        tokens = qwen_vl.encode(params, cfg, prompts.vision)
-        hidden, _ = qwen_vl.forward(params, cfg, prompts, vision_tokens=tokens)
-        return qwen_vl.logits(params, hidden), tokens
+        tokens = family.encode(params, cfg, prompts.vision)
+        hidden, _ = family.forward(params, cfg, prompts, vision_tokens=tokens)
+        return embedding.logits(params, hidden), tokens
 
     return jax.device_get(run(params, prompts))
 
@@ -65,8 +65,8 @@ def test_text_without_a_tower(pair, ours):
     _, rows, params, cfg, prompts = pair
     text = tiny.pad([rows["text"]], PixelConfig())
     assert text.vision is None
-    hidden, _ = jax.jit(qwen_vl.forward, static_argnums=1)(params, cfg, text)
-    got = np.asarray(qwen_vl.logits(params, hidden))[0]
+    hidden, _ = jax.jit(family.forward, static_argnums=1)(params, cfg, text)
+    got = np.asarray(embedding.logits(params, hidden))[0]
     assert relative(got, ours[0][list(rows).index("text"), : len(got)]) <= TOLERANCE
 
 
@@ -100,8 +100,8 @@ def test_gradients_of_every_parameter(pair):
     @jax.jit
     def gradient(params, prompts):
         def loss(params):
-            hidden, _ = qwen_vl.forward(params, cfg, prompts)
-            return jnp.sum(qwen_vl.logits(params, hidden) * weights)
+            hidden, _ = family.forward(params, cfg, prompts)
+            return jnp.sum(embedding.logits(params, hidden) * weights)
 
         return jax.grad(loss)(params)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxmllm.model import qwen_vl
+from jaxmllm.model import embedding, family
 from jaxmllm.model.logprobs import MASKED, Sampling, warp
 from jaxmllm.rollout import sampler
 from jaxmllm.rollout.scorer import score_jit
@@ -64,7 +64,7 @@ def test_log_probabilities_equal_the_scorers(options):
 
 def test_with_pictures_and_a_reused_tower_output():
     prompts = tiny.prompts(CFG)
-    seen = jax.jit(qwen_vl.encode, static_argnums=1)(PARAMS, CFG, prompts.vision)
+    seen = jax.jit(family.encode, static_argnums=1)(PARAMS, CFG, prompts.vision)
     samples = run(prompts, keys(range(4)), vision_tokens=seen)
     np.testing.assert_allclose(samples.logps, score(prompts, samples, Sampling()), atol=1e-4)
 
@@ -74,8 +74,8 @@ def test_greedy_takes_the_likeliest_token_at_every_step(batch):
     samples = run(prompts, keys(range(3)), Sampling(temperature=0.0))
     assert (samples.tokens == samples.tokens[:, :1]).all()  # every completion alike
     completions = Completions(samples.tokens, samples.lengths, np.ones(samples.tokens.shape, np.float32))
-    _, hidden = jax.jit(qwen_vl.forward, static_argnums=1)(PARAMS, CFG, prompts, completions)
-    np.testing.assert_array_equal(np.asarray(qwen_vl.logits(PARAMS, hidden)).argmax(-1), samples.tokens)
+    _, hidden = jax.jit(family.forward, static_argnums=1)(PARAMS, CFG, prompts, completions)
+    np.testing.assert_array_equal(np.asarray(embedding.logits(PARAMS, hidden)).argmax(-1), samples.tokens)
 
 
 # ---------------------------------------------------------------- frequencies
@@ -137,8 +137,8 @@ def test_first_and_second_token_frequencies_of_the_sampler():
     first = np.bincount(tokens[:, 0]).argmax()
     follow = tokens[tokens[:, 0] == first, 1]
     given = np.array([[[first, 0]]], np.int32)
-    _, hidden = qwen_vl.forward(PARAMS, CFG, prompts, Completions(given, np.array([[2]]), np.ones((1, 1, 2))))
-    probs = np.asarray(jax.nn.softmax(warp(qwen_vl.logits(PARAMS, hidden)[0, 0], sampling), axis=-1))
+    _, hidden = family.forward(PARAMS, CFG, prompts, Completions(given, np.array([[2]]), np.ones((1, 1, 2))))
+    probs = np.asarray(jax.nn.softmax(warp(embedding.logits(PARAMS, hidden)[0, 0], sampling), axis=-1))
     assert chi_square(tokens[:, 0], probs[0]) > 1e-3
     assert len(follow) > 300 and chi_square(follow, probs[1]) > 1e-3
 

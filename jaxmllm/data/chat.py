@@ -6,18 +6,20 @@ for text after a video that is longer in time than in rows and columns, which fo
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int
 
-from jaxmllm.config import ModelConfig, load_model_config
 from jaxmllm.data.images import Frames, PixelConfig, image_frames, load_pixel_config, read_json
 from jaxmllm.data.parts import checked_text, content_of, read_part
-from jaxmllm.data.video import FRAME_PIXELS, VideoConfig, load_video_config, video_frames
+from jaxmllm.data.video import VideoConfig, load_video_config, video_frames
 from jaxmllm.errors import InputError
+from jaxmllm.model import family
+from jaxmllm.model.config import ModelConfig
+from jaxmllm.model.family import load_model_config
 from jaxmllm.types import Completions, Prompts, Vision
 
 Message = Mapping[str, Any]  # {"role": ..., "content": text or a list of parts}
@@ -56,7 +58,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.model_config = model_config
         self.pixel_config = pixel_config
-        low, high = (min(limit, pixel_config.max_pixels) for limit in FRAME_PIXELS)
+        low, high = (min(limit, pixel_config.max_pixels) for limit in family.of(model_config).pixels.frame_pixels)
         self.video_config = video_config or VideoConfig(
             dataclasses.replace(pixel_config, min_pixels=low, max_pixels=high)
         )
@@ -117,12 +119,7 @@ class Processor:
             raise InputError(
                 f"wrong tokenizer: it has {len(tokenizer)} entries, the model's vocab_size is {config.text.vocab_size}"
             )
-        for token, field in (
-            ("<|image_pad|>", "image_token_id"),
-            ("<|video_pad|>", "video_token_id"),
-            ("<|vision_start|>", "vision_start_token_id"),
-            ("<|vision_end|>", "vision_end_token_id"),
-        ):
+        for field, token in family.of(config).special_tokens.items():
             got, want = tokenizer.convert_tokens_to_ids(token), getattr(config, field)
             if got != want:
                 raise InputError(f"wrong tokenizer: {token} is {got} in it and {want} in config.json ({field})")
@@ -224,17 +221,18 @@ class Processor:
         Expanding ids equals expanding the text before tokenising it: placeholders are never part of a longer token.
         """
         config = self.model_config
-        ids = np.array(self._ids(text), np.int32)
+        expanded, lengths = family.of(config).expand(text, pictures, config)
+        ids = np.array(self._ids(expanded), np.int32)
         kinds = {config.image_token_id: "image", config.video_token_id: "video"}
         holders = np.flatnonzero(np.isin(ids, list(kinds)))
         for token, kind in kinds.items():
             count = int((ids == token).sum())
-            if count != len(pictures[kind]):
+            if count != len(lengths[kind]):
                 raise InputError(
                     f"{len(pictures[kind])} {kind}s and {count} {kind} placeholders in the prompt; "
                     "placeholder tokens must not be written in a text"
                 )
-        queues = {kind: iter(frames) for kind, frames in pictures.items()}
+        queues = {kind: _pieces(some, lengths[kind]) for kind, some in pictures.items()}
         vision = [next(queues[kinds[int(ids[at])]]) for at in holders]
         seen = sum(frames.tokens for frames in vision)
         length = len(ids) - len(vision) + seen
@@ -253,7 +251,7 @@ class Processor:
             position, start = position + n, at + 1
             if frames is None:
                 break
-            grid = position_grid(frames, config)
+            grid = family.of(config).positions(frames, config)
             of_frame = np.repeat(np.arange(frame, frame + frames.grid[0]), len(frames.token_index))
             of_token = np.tile(frames.token_index, frames.grid[0])
             runs.append((np.full(frames.tokens, ids[at]), grid.reshape(3, -1) + position, of_frame, of_token))
@@ -264,6 +262,27 @@ class Processor:
             np.concatenate(parts, axis=-1).astype(np.int32) for parts in zip(*runs, strict=True)
         )
         return Example(text, tokens, positions, int(positions.max()) + 1, frame_of, token_of, vision)
+
+
+def _pieces(pictures: Sequence[Frames], lengths: Sequence[int]) -> Iterator[Frames]:
+    """The pictures, cut into pieces of so many temporal patches: one for each placeholder of the prompt."""
+    rest = iter(lengths)
+    for picture in pictures:
+        first = 0
+        while first < picture.grid[0]:
+            last = first + next(rest)
+            whole = (first, last) == (0, picture.grid[0])
+            yield (
+                picture
+                if whole
+                else dataclasses.replace(
+                    picture,
+                    patches=picture.patches[first:last],
+                    positions=picture.positions[first:last],
+                    grid=(last - first, *picture.grid[1:]),
+                )
+            )
+            first = last
 
 
 def _auto_tokenizer() -> Any:
@@ -279,20 +298,6 @@ def _auto_tokenizer() -> Any:
         else:
             os.environ[silent] = before
     return AutoTokenizer
-
-
-def position_grid(frames: Frames, config: ModelConfig) -> Int[np.ndarray, "3 f rows columns"]:
-    """M-RoPE positions of one picture's vision tokens, counted from its first: temporal, height, width.
-
-    Time runs at `tokens_per_second` where the model has it (Qwen2.5-VL, arXiv 2502.13923 section 2.1.2), else by one a
-    temporal patch; rounded down in float32 as torch does.
-    """
-    step = np.float32(1)
-    if frames.seconds_per_grid is not None and config.vision.tokens_per_second is not None:
-        step = np.float32(config.vision.tokens_per_second) * np.float32(frames.seconds_per_grid)
-    time = (np.arange(frames.grid[0], dtype=np.float32) * step).astype(np.int64)
-    rows, columns = (side // config.vision.spatial_merge_size for side in frames.grid[1:])
-    return np.stack(np.meshgrid(time, np.arange(rows), np.arange(columns), indexing="ij"))
 
 
 def _first_words(conversation: Any) -> str:

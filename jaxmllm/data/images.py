@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from jaxmllm.config import ModelConfig
 from jaxmllm.data.decoding import LARGEST_SOURCE_PIXELS, MAX_SOURCE_PIXELS, check_size, load_image
 from jaxmllm.errors import InputError
+from jaxmllm.model import family
+from jaxmllm.model.config import ModelConfig
 
 NAMED_TOKENS = (4, 16384)  # fewest and most vision tokens of a size that is asked for by name: qwen-vl-utils' limits
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -118,17 +119,18 @@ def pixel_config(
     *,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
-    defaults: tuple[int, int] = (PixelConfig.min_pixels, PixelConfig.max_pixels),
+    defaults: tuple[int, int] | None = None,
 ) -> PixelConfig:
     """Sizes of `model`, limits and normalisation of a Hugging Face preprocessor config, then the caller's limits.
 
     Both forms are read: `min_pixels` / `max_pixels`, which win as in transformers, and `size` with `shortest_edge` /
-    `longest_edge`. `defaults` are the limits where neither is given. Where the caller gives one limit, the file's other
-    one gives way.
+    `longest_edge`. `defaults` are the limits where neither is given (None: the family's of an image). Where the caller
+    gives one limit, the file's other one gives way.
     Raises InputError naming `source` and the field when the file disagrees with the model or asks for another pipeline.
     """
     raw = raw or {}
-    vision = model.vision
+    vision, own = model.vision, family.of(model).pixels
+    defaults = defaults or own.image_pixels
     fixed = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
@@ -171,8 +173,8 @@ def pixel_config(
         window_size=vision.window_size,
         min_pixels=low,
         max_pixels=high,
-        image_mean=channels("image_mean", CLIP_MEAN),
-        image_std=channels("image_std", CLIP_STD),
+        image_mean=channels("image_mean", own.image_mean),
+        image_std=channels("image_std", own.image_std),
     )
 
 

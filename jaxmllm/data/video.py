@@ -20,11 +20,12 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from jaxmllm.config import ModelConfig
 from jaxmllm.data.decoding import load_image, local_path, shown
 from jaxmllm.data.images import Frames, PixelConfig, limited, pixel_config, read_json, resized_size, smart_resize
 from jaxmllm.data.images import to_frames as frames_to_windows
 from jaxmllm.errors import InputError
+from jaxmllm.model import family
+from jaxmllm.model.config import ModelConfig
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 FRAME_PIXELS = (128 * 28 * 28, 768 * 28 * 28)  # transformers' limits of one video frame
@@ -73,7 +74,14 @@ def load_video_config(
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
         if not raw:
             path, raw = folder / name, read_json(folder / name)
-    pixels = pixel_config(model, raw, str(path), min_pixels=min_pixels, max_pixels=max_pixels, defaults=FRAME_PIXELS)
+    pixels = pixel_config(
+        model,
+        raw,
+        str(path),
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        defaults=family.of(model).pixels.frame_pixels,
+    )
     keys = ("fps", "min_frames", "max_frames", "max_video_tokens")
     given = {key: raw[key] for key in keys if raw.get(key) is not None}
     if raw.get("cap_pixels_per_frame") is False:

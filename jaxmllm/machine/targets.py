@@ -16,11 +16,10 @@ import os
 import runpy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jax.sharding import AxisType, Mesh
 
-from jaxmllm.config import ModelConfig
 from jaxmllm.errors import InputError
 from jaxmllm.machine.mesh import AXES, MeshConfig
 
@@ -74,6 +73,15 @@ H100 = Chip(
 CPU = Chip("CPU, two cores", "cpu", 8.0, 0.19, 40.0, 10.0, 1.0)
 
 
+@runtime_checkable
+class Heads(Protocol):
+    """A model's configuration, of which a mesh needs this alone."""
+
+    @property
+    def heads(self) -> Mapping[str, int]:
+        """What a device must hold whole; other dimensions that `tensor` does not divide are laid out otherwise."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshTarget:
     """A machine: `devices` chips on `hosts` hosts, one process each, and the two layouts of its devices.
@@ -89,7 +97,7 @@ class MeshTarget:
     train: MeshConfig
     sample: MeshConfig
 
-    def layouts(self, model: ModelConfig) -> tuple[MeshConfig, MeshConfig]:
+    def layouts(self, model: Heads) -> tuple[MeshConfig, MeshConfig]:
         """(train, sample) for a model: `tensor` narrowed to what divides its heads, the devices set free widen the others."""
         return _narrowed(self.train, model), _narrowed(self.sample, model)
 
@@ -144,7 +152,7 @@ def check_layout(
     devices: int,
     where: str = "mesh",
     *,
-    model: ModelConfig | None = None,
+    model: Heads | None = None,
     rows: int | None = None,
     cure: Callable[[int], str] | None = None,
 ) -> dict[str, int]:
@@ -168,7 +176,7 @@ def check_layout(
         )
     problems = []
     tensor, parts = sizes["tensor"], sizes["replica"] * sizes["fsdp"]
-    for name, size in _heads(model).items():
+    for name, size in (model.heads if model else {}).items():
         if size % tensor:
             fit = [n for n in _divisors(devices) if size % n == 0]
             problems.append(f"{where}: tensor = {tensor} does not divide {name} = {size}; {_list(fit)} would")
@@ -193,19 +201,8 @@ def same_devices(mesh: Mesh, axes: MeshConfig, where: str = "sample_mesh") -> Me
     return Mesh(mesh.devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _heads(model: ModelConfig | None) -> Mapping[str, int]:
-    """What a device must hold whole; other dimensions that `tensor` does not divide are laid out otherwise by `spec_for`."""
-    if model is None:
-        return {}
-    return {
-        "num_attention_heads": model.text.num_attention_heads,
-        "num_key_value_heads": model.text.num_key_value_heads,
-        "vision_config.num_heads": model.vision.num_heads,
-    }
-
-
-def _narrowed(axes: MeshConfig, model: ModelConfig) -> MeshConfig:
-    tensor = math.gcd(axes.tensor, *_heads(model).values())
+def _narrowed(axes: MeshConfig, model: Heads) -> MeshConfig:
+    tensor = math.gcd(axes.tensor, *model.heads.values())
     other = "fsdp" if axes.fsdp > 1 else "replica"
     return dataclasses.replace(axes, **{"tensor": tensor, other: getattr(axes, other) * axes.tensor // tensor})
 

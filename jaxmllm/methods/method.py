@@ -17,12 +17,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxmllm import api
 from jaxmllm import methods as registry
-from jaxmllm.config import ModelConfig
 from jaxmllm.data.examples import Asking
 from jaxmllm.data.sources import RecordSource
 from jaxmllm.errors import InputError
 from jaxmllm.methods.shapes import Program, Sizes
 from jaxmllm.methods.update import Update
+from jaxmllm.model.config import ModelConfig
 from jaxmllm.rollout.asker import ask
 from jaxmllm.runfiles import plain, read_json, write_json
 from jaxmllm.tasks.task import Direction

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from jaxmllm.config import ModelConfig
 from jaxmllm.machine.mesh import BATCH, P
+from jaxmllm.model import family
+from jaxmllm.model.config import ModelConfig
 from jaxmllm.types import Completions, Prompts, Vision
 
 
@@ -86,10 +87,10 @@ def completions(sizes: Sizes, mesh: Mesh) -> Completions:
 
 
 def vision_tokens(sizes: Sizes, cfg: ModelConfig, mesh: Mesh) -> Any:
-    """[B, V, D], the output of the tower."""
-    v = cfg.vision
-    count = sizes.frames * sizes.windows * v.window_patches // v.spatial_merge_size**2
-    return put(jax.ShapeDtypeStruct((sizes.prompts, count, v.out_hidden_size), jnp.dtype(cfg.dtype)), mesh)
+    """[B, V, E], the output of the tower."""
+    own = family.of(cfg)
+    shape = (sizes.prompts, sizes.frames * sizes.windows * own.window_tokens(cfg), own.vision_width(cfg))
+    return put(jax.ShapeDtypeStruct(shape, jnp.dtype(cfg.dtype)), mesh)
 
 
 def trained_products(forward: Traced, lora: bool, times: float = 1.0) -> Traced:

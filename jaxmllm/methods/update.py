@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from jaxmllm.config import ModelConfig
 from jaxmllm.machine.mesh import RULES
 from jaxmllm.methods.optim import join, kept_layout, narrowed, split, wide
+from jaxmllm.model.config import ModelConfig
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout.scorer import score
 from jaxmllm.types import TrainState

@@ -21,7 +21,6 @@ from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxmllm.config import ModelConfig
 from jaxmllm.data.images import PixelConfig, image_frames
 from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
@@ -29,7 +28,8 @@ from jaxmllm.machine.mesh import shard_batch
 from jaxmllm.methods.box_targets import BoxTargets
 from jaxmllm.methods.method import Clock, Context, Method, Own, Params, Report, Rules, Work
 from jaxmllm.methods.update import Update, apply_gradients
-from jaxmllm.model import qwen_vl
+from jaxmllm.model import family
+from jaxmllm.model.config import ModelConfig
 from jaxmllm.types import TrainState, Vision
 from jaxmllm.world.source import WorldSource
 
@@ -130,7 +130,7 @@ def warmup_step(
     """One update of the tower. `word_ids`: for each field, the token of each of its words; `number_ids`: of 0, 1, .."""
 
     def loss_fn(params, micro: WarmupBatch):
-        tokens = qwen_vl.encode(params, update.cfg, micro.vision)[:, token_index].astype(jnp.float32)
+        tokens = family.encode(params, update.cfg, micro.vision)[:, token_index].astype(jnp.float32)
         normed = tokens * jax.lax.rsqrt(jnp.mean(tokens**2, axis=-1, keepdims=True) + 1e-6)
         losses, metrics = [], {}
         for name, ids in word_ids:
@@ -197,7 +197,7 @@ class VisionWarmup(Method):
     keys: ClassVar[tuple[str, ...]] = (HEADS,)
 
     def grow(self, key: jax.Array, params: Params, cfg: ModelConfig) -> Params:
-        return params | {HEADS: init_heads(key, cfg.vision.out_hidden_size)}
+        return params | {HEADS: init_heads(key, family.of(cfg).vision_width(cfg))}
 
     def work(self, context: Context) -> WarmupWork:
         return WarmupWork(context)

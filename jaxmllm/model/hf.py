@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxmllm.config import ModelConfig
 from jaxmllm.errors import InputError
-from jaxmllm.model import qwen_vl
-from jaxmllm.model.names import NAMES, canonical
+from jaxmllm.model import family
+from jaxmllm.model.config import ModelConfig
+from jaxmllm.model.family import Family
 from jaxmllm.model.safetensors import DTYPES, Stored, is_finite, read_headers
 
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|rotary_pos_emb\.inv_freq$")  # buffers that old versions saved
-SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # config, tokenizer and processor files copied on export
 MAX_LISTED = 40
 STRIP = 256  # columns copied together
 PIECE = 1 << 24  # bytes of a matrix read together
@@ -95,12 +94,15 @@ def abstract_params(cfg: ModelConfig) -> dict:
 
 @functools.lru_cache(maxsize=8)
 def _shapes(cfg: ModelConfig) -> dict:
-    return jax.eval_shape(lambda key: qwen_vl.init(key, cfg), jax.random.key(0))
+    return jax.eval_shape(lambda key: family.init(key, cfg), jax.random.key(0))
 
 
-def name_of(path: str) -> tuple[str, dict[str, str]]:
-    """The template of a parameter's Hugging Face name, and what its path puts into it. Raises KeyError for no parameter."""
-    for pattern, template in NAMES:
+def name_of(path: str, names: Sequence[tuple[str, str]]) -> tuple[str, dict[str, str]]:
+    """The template of a parameter's Hugging Face name by a family's `names`, and what its path puts into it.
+
+    {n} is a captured group, {layer} the index on our stacked axis, {leaf} weight or bias. Raises KeyError for no parameter.
+    """
+    for pattern, template in names:
         if found := re.fullmatch(pattern, path):
             return template, {name: part.replace("/", ".") for name, part in found.groupdict().items()}
     raise KeyError(path)
@@ -108,17 +110,16 @@ def name_of(path: str) -> tuple[str, dict[str, str]]:
 
 def key_table(cfg: ModelConfig) -> dict[str, Entry]:
     """Hugging Face name -> Entry, for every tensor of the architecture."""
-    table = {}
+    table, own_family = {}, family.of(cfg)
     for path, leaf in _leaves(abstract_params(cfg)):
         joined = "/".join(path)
-        template, groups = name_of(joined)
+        template, groups = name_of(joined, own_family.names)
         groups["leaf"] = {"kernel": "weight", "scale": "weight"}.get(groups.get("leaf", ""), groups.get("leaf", ""))
         stacked = "{layer}" in template
         own: tuple[int, ...] = leaf.shape[1:] if stacked else leaf.shape
         shape: tuple[int, ...]
-        if joined == "vision/patch_embed/kernel":
-            v = cfg.vision
-            shape = (own[1], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
+        if special := own_family.stored_shape(joined, own, cfg):
+            shape = special
         elif path[-1] in ("kernel", "head"):
             shape = (math.prod(own[1:]), own[0])
         else:
@@ -128,9 +129,9 @@ def key_table(cfg: ModelConfig) -> dict[str, Entry]:
     return table
 
 
-def stored_tensors(folder: str | Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint folder, by canonical name: `model.safetensors` or the shards of its index."""
-    return read_headers(folder, canonical)
+def stored_tensors(folder: str | Path, of: Family) -> dict[str, Stored]:
+    """Every tensor of a checkpoint folder, by the name that its family uses: `model.safetensors` or the shards of its index."""
+    return read_headers(folder, of.canonical)
 
 
 def _check(folder: Path, cfg: ModelConfig, table: dict[str, Entry], found: dict[str, Stored]) -> None:
@@ -175,7 +176,7 @@ def load_params(
     and with another when numbers are NaN or infinite, or become so in `dtype`.
     """
     folder = Path(folder)
-    table, found = key_table(cfg), stored_tensors(folder)
+    table, found = key_table(cfg), stored_tensors(folder, family.of(cfg))
     _check(folder, cfg, table, found)
     members: dict[tuple[str, ...], list[str]] = {}
     for name, entry in table.items():
@@ -320,7 +321,7 @@ def save_params(
         flush()
         if stage is not None:
             stored = dtype or params["embed"].dtype.name
-            _finish(stage, folder, files, total, config_to_hf(cfg), source, stored, pixels)
+            _finish(stage, folder, files, total, cfg, source, stored, pixels)
     except BaseException:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
@@ -328,8 +329,9 @@ def save_params(
 
 
 def _finish(
-    stage: Path, folder: Path, files: list[list[str]], total: int, config: dict, source, dtype: str, pixels
+    stage: Path, folder: Path, files: list[list[str]], total: int, cfg: ModelConfig, source, dtype: str, pixels
 ) -> None:
+    config = family.of(cfg).write_config(cfg)
     weight_map: dict[str, str] = {}
     for i, names in enumerate(files):
         single = len(files) == 1
@@ -339,7 +341,7 @@ def _finish(
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (stage / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    for pattern in SIDE_FILES if source else ():
+    for pattern in family.of(cfg).side_files if source else ():
         for file in Path(source).glob(pattern):
             if file.name != "model.safetensors.index.json":
                 shutil.copy(file, stage / file.name)
@@ -348,9 +350,8 @@ def _finish(
 
         write_limits(stage, *pixels)
     if (stage / "config.json").exists():
-        tied = config["tie_word_embeddings"]
         config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
-        tie(config, tied)
+        tie(config, cfg.text.tie_word_embeddings)
     for part in (config, *(config[key] for key in ("text_config", "vision_config") if config.get(key))):
         for key in ("dtype", "torch_dtype"):  # transformers loads in this dtype
             if key in part or (part is config and key == "torch_dtype" and "dtype" not in part):
@@ -374,41 +375,3 @@ def tie(config: dict, tied: bool) -> None:
     for part in (config, config.get("text_config") or {}):
         if part is config or "tie_word_embeddings" in part:
             part["tie_word_embeddings"] = tied
-
-
-def _plain(number: float) -> float:
-    """transformers 5 refuses 4.0 where it expects a whole number."""
-    return int(number) if number == int(number) else number
-
-
-def config_to_hf(cfg: ModelConfig) -> dict:
-    """The `config.json` content of a configuration, in the flat form that every transformers >= 4.51 reads."""
-    text, vision = dataclasses.asdict(cfg.text), dataclasses.asdict(cfg.vision)
-    section = text.pop("mrope_section")
-    rope_theta = vision.pop("rope_theta")
-    if rope_theta != 10000.0:
-        vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": rope_theta}
-    if cfg.model_type == "qwen2_vl":
-        vision["embed_dim"] = vision.pop("hidden_size")
-        vision["hidden_size"] = vision.pop("out_hidden_size")
-        vision["mlp_ratio"] = _plain(vision.pop("intermediate_size") / vision["embed_dim"])
-        for key in ("window_size", "fullatt_block_indexes", "tokens_per_second"):
-            vision.pop(key)
-    else:
-        vision["tokens_per_second"] = _plain(vision["tokens_per_second"])
-    architecture = {"qwen2_vl": "Qwen2VLForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}
-    return {
-        "architectures": [architecture[cfg.model_type]],
-        "model_type": cfg.model_type,
-        **text,
-        "hidden_act": "silu",
-        "rope_scaling": {"type": "mrope", "mrope_section": list(section)},
-        "use_sliding_window": False,
-        "vision_config": {"model_type": cfg.model_type, **vision},
-        "image_token_id": cfg.image_token_id,
-        "video_token_id": cfg.video_token_id,
-        "vision_start_token_id": cfg.vision_start_token_id,
-        "vision_end_token_id": cfg.vision_end_token_id,
-        "eos_token_id": list(cfg.eos_token_id) if len(cfg.eos_token_id) > 1 else next(iter(cfg.eos_token_id), None),
-        "pad_token_id": cfg.pad_token_id,
-    }

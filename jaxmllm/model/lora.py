@@ -20,9 +20,11 @@ from safetensors.numpy import load_file, save_file
 
 from jaxmllm.errors import InputError
 from jaxmllm.machine.mesh import tree_paths
+from jaxmllm.model.family import Family
 from jaxmllm.model.hf import MAX_LISTED, name_of
+from jaxmllm.model.safetensors import is_finite
 
-DECODER_LINEARS = r"text/layers/.*(q|k|v|o|gate|up|down)_proj"
+PREFIX = "base_model.model."  # of PEFT, before a module's name
 UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")  # options of PEFT
 
 
@@ -32,7 +34,7 @@ class LoRAConfig:
 
     r: int = 16  # rank
     lora_alpha: float = 32.0  # the update is scaled by lora_alpha / r
-    targets: str = DECODER_LINEARS  # regular expression on our layer paths, matched whole
+    targets: str = ""  # regular expression on our layer paths, matched whole; empty: the decoder's, as the family says
 
     def validate(self) -> "LoRAConfig":
         if self.r < 1:
@@ -44,14 +46,17 @@ class LoRAConfig:
         return self
 
 
-def _stacked(path: str) -> bool:
-    return path.startswith(("text/layers/", "vision/blocks/"))
+def _stacked(path: str, family: Family) -> bool:
+    """Whether a layer's kernels lie on a stacked axis: then its Hugging Face name holds a number."""
+    return "{layer}" in name_of(f"{path}/kernel", family.names)[0]
 
 
-def _layers(params: dict) -> list[str]:
-    """Layers that may carry an adapter: all but the patch embedding, a convolution in Hugging Face's model."""
+def _layers(params: dict, family: Family) -> list[str]:
+    """Layers of the family that may carry an adapter."""
     paths = jax.tree.leaves(tree_paths(params))
-    return [p.removesuffix("/kernel") for p in paths if p.endswith("/kernel") and "patch_embed" not in p]
+    kernels = [p.removesuffix("/kernel") for p in paths if p.endswith("/kernel")]
+    own = [path for path in kernels if any(re.fullmatch(name, f"{path}/kernel") for name, _ in family.names)]
+    return [path for path in own if not re.fullmatch(family.no_adapter, path)]
 
 
 def _at(tree: dict, path: str) -> dict:
@@ -67,18 +72,18 @@ def _put(tree: dict, path: str, value) -> None:
     tree[last] = value
 
 
-def add(key: Key[Array, ""], params: dict, config: LoRAConfig) -> dict:
+def add(key: Key[Array, ""], params: dict, config: LoRAConfig, family: Family) -> dict:
     """`params` with fresh float32 adapters on every kernel whose layer path matches. InputError when none does."""
     config.validate()
     base = {name: value for name, value in params.items() if name != "lora"}
-    kernels = _layers(base)
-    chosen = [path for path in kernels if re.fullmatch(config.targets, path)]
+    kernels, targets = _layers(base, family), config.targets or family.adapted
+    chosen = [path for path in kernels if re.fullmatch(targets, path)]
     if not chosen:
-        raise InputError(f"lora.targets = {config.targets!r} matches no layer; layers are {', '.join(sorted(kernels))}")
+        raise InputError(f"lora.targets = {targets!r} matches no layer; layers are {', '.join(sorted(kernels))}")
     lora: dict = {}
     for path, one in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
         shape = _at(base, path)["kernel"].shape
-        lead = shape[:1] if _stacked(path) else ()
+        lead = shape[:1] if _stacked(path, family) else ()
         width, *out = shape[len(lead) :]
         adapter = {
             "a": jax.random.uniform(one, (*lead, width, config.r), minval=-1, maxval=1) * (3.0 / width) ** 0.5,
@@ -106,23 +111,22 @@ def merge(params: dict) -> dict:
     return merged
 
 
-def _peft_name(path: str, layer: int | None) -> str:
+def _peft_name(path: str, layer: int | None, family: Family) -> str:
     """Module name in transformers >= 4.52's memory, which is what PEFT matches."""
-    template, groups = name_of(path + "/kernel")
+    template, groups = name_of(path + "/kernel", family.names)
     name = template.format(layer=layer, **(groups | {"leaf": ""})).rstrip(".")
-    nested = re.sub(r"^visual\.", "model.visual.", re.sub(r"^model\.", "model.language_model.", name))
-    return f"base_model.model.{nested}"
+    return PREFIX + family.module(name)
 
 
-def save(params: dict, config: LoRAConfig, folder: str | Path, base_model: str = "") -> None:
+def save(params: dict, config: LoRAConfig, folder: str | Path, family: Family, base_model: str = "") -> None:
     """Writes adapter_model.safetensors and adapter_config.json as PEFT does."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors, modules = {}, set()
     for path, adapter in _adapters(params).items():
         a, b = (np.asarray(adapter[k], np.float32) for k in ("a", "b"))
-        for layer in range(a.shape[0]) if _stacked(path) else [None]:
-            name = _peft_name(path, layer)
+        for layer in range(a.shape[0]) if _stacked(path, family) else [None]:
+            name = _peft_name(path, layer, family)
             low, high = (a, b) if layer is None else (a[layer], b[layer])
             tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(low.T)
             tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(high.reshape(config.r, -1).T)
@@ -141,7 +145,7 @@ def save(params: dict, config: LoRAConfig, folder: str | Path, base_model: str =
     (folder / "adapter_config.json").write_text(json.dumps(meta, indent=2))
 
 
-def _read(folder: Path) -> tuple[float, dict[str, np.ndarray]]:
+def _read(folder: Path, family: Family) -> tuple[float, dict[str, np.ndarray]]:
     """(scale of the update, tensors by Hugging Face module name) of a PEFT folder."""
     path = folder / "adapter_config.json"
     try:
@@ -159,30 +163,31 @@ def _read(folder: Path) -> tuple[float, dict[str, np.ndarray]]:
         raise InputError(f"{path}: r and lora_alpha are needed ({error!r})") from None
     if changed:
         raise InputError(f"{path}: {', '.join(changed)} is set and not supported")
-    # the decoder's modules lay one level higher before transformers 4.52
-    old, new = "base_model.model.model.layers.", "base_model.model.model.language_model.layers."
-    tower = "base_model.model.visual.", "base_model.model.model.visual."
-    return scale, {re.sub(f"^{re.escape(tower[0])}", tower[1], k.replace(old, new)): v for k, v in tensors.items()}
+    spoiled = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if spoiled:
+        raise InputError(f"{folder}: the adapter holds NaN or infinite numbers in {', '.join(spoiled[:MAX_LISTED])}")
+    # whatever level the modules lay at in the transformers that wrote them
+    return scale, {PREFIX + family.module(family.canonical(k.removeprefix(PREFIX))): v for k, v in tensors.items()}
 
 
-def load(params: dict, folder: str | Path) -> dict:
+def load(params: dict, folder: str | Path, family: Family) -> dict:
     """`params` with the adapters of a PEFT folder.
 
     Raises InputError for a folder that cannot be read and for options that are not supported, and lists every tensor that
     fits no layer, is missing or has another shape.
     """
     folder = Path(folder)
-    scale, tensors = _read(folder)
+    scale, tensors = _read(folder, family)
     base = {name: value for name, value in params.items() if name != "lora"}
     lora: dict = {}
     problems: list[str] = []
-    for path in _layers(base):
+    for path in _layers(base, family):
         kernel = _at(base, path)["kernel"]
-        layers = range(kernel.shape[0]) if _stacked(path) else [None]
-        names = [_peft_name(path, layer) for layer in layers]
+        layers = range(kernel.shape[0]) if _stacked(path, family) else [None]
+        names = [_peft_name(path, layer, family) for layer in layers]
         if not any(f"{name}.lora_{which}.weight" in tensors for name in names for which in "AB"):
             continue
-        width, *out = kernel.shape[1:] if _stacked(path) else kernel.shape
+        width, *out = kernel.shape[1:] if _stacked(path, family) else kernel.shape
         downs: list[Any] = []
         ups: list[Any] = []
         for name in names:
@@ -198,7 +203,7 @@ def load(params: dict, folder: str | Path) -> dict:
                 ups.append(b.T.astype(np.float32).reshape(-1, *out))
         if not problems:
             adapter = {"a": np.stack(downs), "b": np.stack(ups), "scale": np.full(len(names), scale, np.float32)}
-            _put(lora, path, {k: jnp.asarray(v if _stacked(path) else v[0]) for k, v in adapter.items()})
+            _put(lora, path, {k: jnp.asarray(v if _stacked(path, family) else v[0]) for k, v in adapter.items()})
     problems += [f"fits no layer {name}" for name in tensors]
     if problems:
         more = f"\n  ... and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""

@@ -15,11 +15,12 @@ from typing import Any
 
 import jax
 
-from jaxmllm.config import ModelConfig
 from jaxmllm.errors import InputError
 from jaxmllm.machine.mesh import make_mesh
 from jaxmllm.machine.targets import MeshTarget, same_devices
 from jaxmllm.methods.shapes import Program, Sizes, Traced
+from jaxmllm.model import family
+from jaxmllm.model.config import ModelConfig
 from jaxmllm.plan import hlo
 from jaxmllm.plan.flops import count
 from jaxmllm.plan.placing import check_layouts
@@ -158,7 +159,7 @@ def plan(
 
 def longest(config: TrainConfig, cfg: ModelConfig, vision_tokens: int | None, prompt_tokens: int | None) -> Sizes:
     """The largest batch that the config's limits allow."""
-    unit = (cfg.vision.patch_size * cfg.vision.spatial_merge_size) ** 2
+    unit = family.of(cfg).token_pixels(cfg)
     prompt_tokens = prompt_tokens or config.data.max_prompt_length
     limit = config.data.max_pixels // unit if config.data.max_pixels else prompt_tokens
     return sizes_of(config, cfg, max(1, min(vision_tokens or limit, prompt_tokens)), prompt_tokens)

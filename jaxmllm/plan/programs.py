@@ -13,11 +13,13 @@ import jax
 from jax.sharding import Mesh
 
 from jaxmllm import api
-from jaxmllm.config import ModelConfig, load_model_config, model_config
 from jaxmllm.data.chat import Buckets
 from jaxmllm.errors import InputError
 from jaxmllm.methods.method import Layout
 from jaxmllm.methods.shapes import Program, Sizes
+from jaxmllm.model import family
+from jaxmllm.model.config import ModelConfig
+from jaxmllm.model.family import load_model_config, model_config
 from jaxmllm.runfiles import read_json
 from jaxmllm.training.config import TrainConfig
 from jaxmllm.training.state import planned
@@ -45,7 +47,7 @@ def architecture(name: str) -> ModelConfig:
 def sizes_of(config: TrainConfig, cfg: ModelConfig, vision_tokens: int, prompt_tokens: int) -> Sizes:
     """Sizes for one picture of so many vision tokens in prompts of so many tokens, both at most."""
     buckets = Buckets()
-    unit = cfg.vision.window_patches // cfg.vision.spatial_merge_size**2  # vision tokens of a window
+    unit = family.of(cfg).window_tokens(cfg)  # vision tokens of a window
     side = math.isqrt(unit)
     # a picture that is nearly square, the usual worst case: its windows at two edges are only partly filled
     windows = math.ceil(math.sqrt(vision_tokens) / side) ** 2
@@ -71,8 +73,7 @@ class Planned:
     @property
     def full_share(self) -> float:
         """Of the tower's blocks, those that attend over the whole frame: the conditional of its scanned body."""
-        vision = self.layout.cfg.vision
-        return len(vision.fullatt_block_indexes) / vision.depth
+        return family.of(self.layout.cfg).full_share(self.layout.cfg)
 
 
 def programs_of(config: TrainConfig, cfg: ModelConfig, sizes: Sizes, train: Mesh, sample: Mesh) -> Planned:

@@ -13,9 +13,9 @@ from einops import repeat
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxmllm.config import ModelConfig
 from jaxmllm.machine.mesh import ROWS, P, lay_out, row_parts
-from jaxmllm.model import qwen_vl
+from jaxmllm.model import embedding, family
+from jaxmllm.model.config import ModelConfig
 from jaxmllm.model.logprobs import Sampling, add_seen, seen_tokens, warp
 from jaxmllm.types import KVCache, Prompts, Samples
 
@@ -78,7 +78,7 @@ def draw(keys: Key[Array, "R"], x: Float[Array, "R V"]) -> tuple[Int[Array, "R"]
 def _write(params, sampling: Sampling, stop_ids: tuple[int, ...], hidden: Float[Array, "B G D"], state: State) -> State:
     """Draws token number `step` of every completion that is not done."""
     b, g, _ = hidden.shape
-    raw = qwen_vl.logits(params, hidden).reshape(b * g, -1)
+    raw = embedding.logits(params, hidden).reshape(b * g, -1)
     seen = None if state.seen is None else state.seen.reshape(b * g, -1)
     scored = warp(raw, sampling.scored, seen)
     if sampling.temperature == 0:
@@ -125,7 +125,7 @@ def start(
     vision_tokens: Float[Array, "B V D"] | None = None,
 ) -> State:
     """Encodes and prefills the prompts and writes the first token. `counts`: completions wanted of each prompt, at most G."""
-    hidden, cache = qwen_vl.prefill(params, cfg, prompts, num_generations, max_new_tokens, vision_tokens)
+    hidden, cache = family.prefill(params, cfg, prompts, num_generations, max_new_tokens, vision_tokens)
     b = hidden.shape[0]
     shape = (b, num_generations)
     done = jnp.zeros(shape, bool) if counts is None else jnp.arange(num_generations) >= counts[:, None]
@@ -165,7 +165,7 @@ def advance(
 
     def body(state: State):
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=2, keepdims=False)
-        hidden, cache = qwen_vl.decode(params, cfg, last, state.step - 1, state.cache)
+        hidden, cache = family.decode(params, cfg, last, state.step - 1, state.cache)
         return _write(params, sampling, stop_ids, hidden, state.replace(cache=cache))
 
     return jax.lax.while_loop(unfinished, body, state)

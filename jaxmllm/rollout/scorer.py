@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmllm.config import ModelConfig
 from jaxmllm.machine.mesh import row_parts
-from jaxmllm.model import qwen_vl
+from jaxmllm.model import embedding, family
+from jaxmllm.model.config import ModelConfig
 from jaxmllm.model.logprobs import Sampling, seen_tokens, token_logprobs
 from jaxmllm.types import Completions, Prompts
 
@@ -22,13 +22,13 @@ def score(
     vision_tokens: Float[Array, "B V D"] | None = None,
 ) -> tuple[Float[Array, "B G T"], Float[Array, "B G T"]]:
     """Log-probabilities of the completions' tokens under `sampling`, and entropies."""
-    _, hidden = qwen_vl.forward(params, cfg, prompts, completions, vision_tokens)
+    _, hidden = family.forward(params, cfg, prompts, completions, vision_tokens)
     assert hidden is not None
     seen = None
     if sampling.repetition_penalty != 1.0:
         seen = seen_tokens(prompts.tokens, prompts.lengths, cfg.text.vocab_size)
         seen = jnp.repeat(seen[:, None], completions.tokens.shape[1], axis=1)
-    return token_logprobs(hidden, qwen_vl.head_kernel(params, cfg.dtype), completions.tokens, sampling, seen=seen)
+    return token_logprobs(hidden, embedding.head_kernel(params, cfg.dtype), completions.tokens, sampling, seen=seen)
 
 
 def score_halves(
@@ -76,4 +76,4 @@ def _joined(first: Array, rest: Array, parts: int) -> Array:
 
 
 score_jit = jax.jit(score_halves, static_argnames=("cfg", "sampling", "short"))
-encode_jit = jax.jit(qwen_vl.encode, static_argnames="cfg")
+encode_jit = jax.jit(family.encode, static_argnames="cfg")

@@ -8,9 +8,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxmllm import api
-from jaxmllm.config import load_model_config
 from jaxmllm.errors import InputError
-from jaxmllm.model import hf
+from jaxmllm.model import family, hf
+from jaxmllm.model.family import load_model_config
 
 PARAMS = "params"  # the Orbax part of a converted folder; config and tokenizer files lie beside it
 
@@ -27,7 +27,7 @@ def to_orbax(source: str | Path, target: Path, dtype: str | None = None) -> None
     target.mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((target / PARAMS).absolute(), params)
-    for pattern in hf.SIDE_FILES:
+    for pattern in family.of(cfg).side_files:
         for file in folder.glob(pattern):
             if file.name != "model.safetensors.index.json":
                 shutil.copy(file, target / file.name)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from safetensors import SafetensorError
 
 from jaxmllm import api
-from jaxmllm.config import ModelConfig, load_model_config
 from jaxmllm.data.images import load_pixel_config
 from jaxmllm.errors import InputError
 from jaxmllm.methods.method import Method, Params, described_method
-from jaxmllm.model import hf, lora
+from jaxmllm.model import family, hf, lora
+from jaxmllm.model.config import ModelConfig
+from jaxmllm.model.family import load_model_config
 from jaxmllm.runfiles import read_json
 from jaxmllm.training.checkpoint import read_params
 from jaxmllm.training.config import TrainConfig
@@ -51,7 +52,7 @@ def export(run: Exported, cfg: ModelConfig, params: Params, folder: Path, source
 def _write(run: Exported, cfg: ModelConfig, params: Params, folder: Path, source: Path) -> None:
     model = {name: value for name, value in params.items() if name not in run.method.keys}
     if run.lora is not None:
-        lora.save(model, run.lora, folder.with_name(run.adapter), base_model=run.model)
+        lora.save(model, run.lora, folder.with_name(run.adapter), family.of(cfg), base_model=run.model)
         model = jax.jit(lora.merge)(model)
     model = jax.tree.map(jnp.asarray, model)
     pixels = load_pixel_config(source, cfg, min_pixels=run.min_pixels, max_pixels=run.max_pixels)

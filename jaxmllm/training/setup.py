@@ -11,7 +11,6 @@ import jax
 from jax.sharding import Mesh
 
 from jaxmllm import api, tasks
-from jaxmllm.config import load_model_config
 from jaxmllm.data.chat import Processor
 from jaxmllm.data.examples import Asking, Sized
 from jaxmllm.data.overlap import shared_records
@@ -23,6 +22,7 @@ from jaxmllm.machine.mesh import make_mesh
 from jaxmllm.machine.processes import row_block
 from jaxmllm.machine.targets import same_devices
 from jaxmllm.methods.method import Context
+from jaxmllm.model.family import load_model_config
 from jaxmllm.tasks import answers, ocr
 from jaxmllm.tasks.task import DIRECTIONS
 from jaxmllm.training.config import EvaluationConfig, TrainConfig

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxmllm.config import ModelConfig
 from jaxmllm.machine.mesh import RULES, param_shardings
 from jaxmllm.methods.method import Layout, Params
 from jaxmllm.methods.optim import first_moments, make_optimizer, split, state_shardings
 from jaxmllm.methods.shapes import with_shardings
 from jaxmllm.methods.update import Update
-from jaxmllm.model import hf, lora
+from jaxmllm.model import family, hf, lora
+from jaxmllm.model.config import ModelConfig
 from jaxmllm.training.config import TrainConfig
 from jaxmllm.types import TrainState
 
@@ -23,7 +23,7 @@ def grown(config: TrainConfig, params: Params, cfg: ModelConfig) -> Params:
     """The model's parameters with adapters and with what the method adds. Traceable."""
     key = jax.random.key(config.seed)
     if config.lora is not None:
-        params = lora.add(jax.random.fold_in(key, 1), params, config.lora)
+        params = lora.add(jax.random.fold_in(key, 1), params, config.lora, family.of(cfg))
     return config.method.grow(key, params, cfg)
 
 

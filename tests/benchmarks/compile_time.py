@@ -14,8 +14,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from jaxmllm.config import ModelConfig
 from jaxmllm.model import hf
+from jaxmllm.model.config import ModelConfig
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout import sampler
 from jaxmllm.rollout.scorer import score

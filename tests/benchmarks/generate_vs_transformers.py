@@ -18,8 +18,8 @@ def ours(folder: Path) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jaxmllm.config import load_model_config
     from jaxmllm.model import hf
+    from jaxmllm.model.family import load_model_config
     from jaxmllm.model.logprobs import Sampling
     from jaxmllm.rollout import sampler
     from tests.benchmarks.peers_48m import jax_prompts

@@ -55,9 +55,9 @@ def write(folder: Path, layers: int) -> dict:
     from PIL import Image
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    from jaxmllm.config import load_model_config
     from jaxmllm.data.chat import Processor
     from jaxmllm.data.images import patchify
+    from jaxmllm.model.family import load_model_config
     from tests.benchmarks.peers_48m import write_tokenizer
 
     torch.manual_seed(0)
@@ -89,7 +89,7 @@ def ours(folder: Path) -> dict:
     import jax.numpy as jnp
 
     import jaxmllm
-    from jaxmllm.model import qwen_vl
+    from jaxmllm.model import embedding, family
 
     jax.block_until_ready(jnp.zeros(1) + 1)
     figures = {"imports_bytes": peak()}
@@ -103,8 +103,8 @@ def ours(folder: Path) -> dict:
     prompts, _ = model.prepare([model.processor.encode(conversation(folder))])
 
     def forward(params, prompts):
-        hidden, _ = qwen_vl.forward(params, model.cfg, prompts)
-        return qwen_vl.logits(params, hidden)
+        hidden, _ = family.forward(params, model.cfg, prompts)
+        return embedding.logits(params, hidden)
 
     # XLA's CPU backend multiplies in float32: left alone it widens all layers before the loop over them, 15 GB more
     options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}

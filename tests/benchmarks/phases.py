@@ -51,7 +51,8 @@ class Size:
 
 def architecture(name: str, **changes: Any):
     """ "48M", or a published model whose config.json the package holds, with fields of `text` or `vision` changed."""
-    from jaxmllm.config import ModelConfig, TextConfig, VisionConfig, model_config
+    from jaxmllm.model.config import ModelConfig, TextConfig, VisionConfig
+    from jaxmllm.model.family import model_config
 
     if name == "48M":
         text = TextConfig(151936, 256, 704, 8, 4, 2, (8, 12, 12), 1e-6, tie_word_embeddings=True)
@@ -76,7 +77,7 @@ class Phases:
         from jaxmllm.methods.grpo.options import GRPOOptions
         from jaxmllm.methods.optim import make_optimizer
         from jaxmllm.methods.update import Update
-        from jaxmllm.model import qwen_vl
+        from jaxmllm.model import family
         from jaxmllm.model.logprobs import Sampling
         from jaxmllm.rollout import sampler
         from jaxmllm.training.config import OptimConfig
@@ -89,7 +90,7 @@ class Phases:
         self.update = Update(cfg, make_optimizer(optim, 1000), ".*")
 
         def init(key):
-            params = qwen_vl.init(key, cfg)
+            params = family.init(key, cfg)
             return jax.tree.map(lambda x: x.astype(param_dtype), params)
 
         self.params = jax.jit(init)(jax.random.key(0))

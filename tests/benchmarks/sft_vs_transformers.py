@@ -41,11 +41,11 @@ def ours(setup: dict) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jaxmllm.config import load_model_config
     from jaxmllm.methods.optim import make_optimizer
     from jaxmllm.methods.sft import sft_step
     from jaxmllm.methods.update import Update
     from jaxmllm.model import hf
+    from jaxmllm.model.family import load_model_config
     from jaxmllm.training.config import OptimConfig
     from jaxmllm.types import Completions, TrainState
     from tests.benchmarks.peers_48m import jax_prompts

@@ -45,7 +45,7 @@ def write(setup: dict) -> None:
     """Weights, tokenizer and questions. No end token: all completions have full length."""
     import jax
 
-    from jaxmllm.model import hf, qwen_vl
+    from jaxmllm.model import family, hf
     from tests.benchmarks.peers_48m import MARKERS, write_tokenizer
     from tests.benchmarks.phases import architecture
 
@@ -57,7 +57,7 @@ def write(setup: dict) -> None:
     # the tower is never run: as small as the format allows
     tower = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=1, fullatt_block_indexes=(0,))
     cfg = architecture("48M", text=text, vision=tower, **ids)
-    hf.save_params(qwen_vl.init(jax.random.key(0), cfg), cfg, folder)
+    hf.save_params(family.init(jax.random.key(0), cfg), cfg, folder)
     write_tokenizer(folder, first, eos_token=None)
     letters, rng = np.array(list(string.ascii_lowercase)), np.random.default_rng(1)
     questions = rng.choice(letters, (setup["prompts"], setup["prompt_tokens"] - TEMPLATE_TOKENS))

@@ -8,9 +8,9 @@ import dataclasses
 import jax
 import numpy as np
 
-from jaxmllm.config import ModelConfig, TextConfig, VisionConfig
 from jaxmllm.data.images import PixelConfig, window_layout
 from jaxmllm.model import hf
+from jaxmllm.model.config import ModelConfig, TextConfig, VisionConfig
 from jaxmllm.types import Completions, Prompts, Vision
 
 IMAGE, VIDEO, START, END = 590, 591, 592, 593

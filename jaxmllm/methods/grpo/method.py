@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmllm.config import ModelConfig
 from jaxmllm.data.pipeline import Batch, join_prompts, rl_batches
 from jaxmllm.errors import InputError
 from jaxmllm.machine import layout as layouts
@@ -31,6 +30,7 @@ from jaxmllm.methods.grpo.step import Rollout, grpo_step
 from jaxmllm.methods.method import Clock, Completed, Context, Facts, Layout, Method, Own, Params, Report, Work
 from jaxmllm.methods.optim import reference_params
 from jaxmllm.methods.shapes import Program, Sizes
+from jaxmllm.model.config import ModelConfig
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout import sampler
 from jaxmllm.rollout.scorer import encode_jit, score_jit

@@ -14,7 +14,7 @@ from jaxmllm.methods.grpo.options import GRPOOptions
 from jaxmllm.methods.grpo.step import Rollout, grpo_step
 from jaxmllm.methods.method import Layout
 from jaxmllm.methods.shapes import Program, Sizes, Traced, trained_products
-from jaxmllm.model import qwen_vl
+from jaxmllm.model import family
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout import sampler
 from jaxmllm.rollout.scorer import encode_jit, score, score_jit
@@ -46,7 +46,7 @@ def programs(
         yield Program(
             "encode",
             lambda: encode_jit.lower(params, cfg, pictures),
-            Traced(lambda p, v: qwen_vl.encode(p, cfg, v), (params, pictures)),
+            Traced(lambda p, v: family.encode(p, cfg, v), (params, pictures)),
             beside=beside,
         )
     sampling_beside = (*beside, *(("parameters",) if target is not params else ()))

@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxmllm.config import ModelConfig
 from jaxmllm.data.examples import Asking
 from jaxmllm.data.pipeline import batches
 from jaxmllm.errors import InputError
@@ -29,7 +28,8 @@ from jaxmllm.methods.rcrn.graphs import Arrays, Limits, RelationEncoder, arrays,
 from jaxmllm.methods.rcrn.loss import matching_losses
 from jaxmllm.methods.shapes import Program, Sizes, Traced, trained_products
 from jaxmllm.methods.update import Metrics, Update, apply_gradients
-from jaxmllm.model import qwen_vl
+from jaxmllm.model import family
+from jaxmllm.model.config import ModelConfig
 from jaxmllm.types import Prompts, TrainState
 
 KEY = "rcrn"
@@ -70,9 +70,9 @@ def features(
 ) -> tuple[Float[Array, "B N D"], Float[Array, "B S D"]]:
     """(regions, words). `shape`: rows and columns of the largest grid of picture tokens in the batch."""
     if kind == "tower":
-        states = qwen_vl.embed_prompts(params, cfg, prompts)
+        states = family.embed_prompts(params, cfg, prompts)
     else:
-        states, _ = qwen_vl.forward(params, cfg, prompts)
+        states, _ = family.forward(params, cfg, prompts)
     states = states.astype(jnp.float32)
     rows, columns = shape
     start, real = grid[:, 0], grid[:, 1:]

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxmllm.config import ModelConfig
 from jaxmllm.model import attention
+from jaxmllm.model.config import ModelConfig
 from jaxmllm.model.layers import ACTIVATIONS, RESIDUAL_GAIN, GatedMLP, LayerNorm, Linear, RMSNorm, rotate, stack
 from jaxmllm.types import Vision
 

@@ -1,6 +1,6 @@
-"""Names of the tensors of a Hugging Face checkpoint: one invertible table."""
+"""Names of Qwen2-VL's and Qwen2.5-VL's weights in a Hugging Face checkpoint, and of their modules in memory."""
 
-# our path -> Hugging Face's name. {n} is a captured group, {layer} the index on our stacked axis, {leaf} weight or bias.
+# our path -> Hugging Face's name, see `jaxmllm.model.hf.name_of`
 NAMES = (
     (r"embed", "model.embed_tokens.weight"),
     (r"head", "lm_head.weight"),
@@ -14,11 +14,11 @@ NAMES = (
 )
 # transformers >= 4.52 nests the parts one level deeper in memory; both spellings occur in files
 ALIASES = (("model.language_model.", "model."), ("model.visual.", "visual."))
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def canonical(name: str) -> str:
-    """A tensor's name in the spelling of `NAMES`."""
-    for long, short in ALIASES:
-        name = name.replace(long, short, 1) if name.startswith(long) else name
-    return name
+MODULES = (("visual.", "model.visual."), ("model.", "model.language_model."))
+DECODER_LINEARS = r"text/layers/.*(q|k|v|o|gate|up|down)_proj"
+SPECIAL_TOKENS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}

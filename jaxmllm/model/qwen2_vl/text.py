@@ -7,8 +7,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmllm.config import ModelConfig
 from jaxmllm.model import attention
+from jaxmllm.model.config import ModelConfig
 from jaxmllm.model.layers import RESIDUAL_GAIN, GatedMLP, Linear, RMSNorm, rotate, stack
 
 

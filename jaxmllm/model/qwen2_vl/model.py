@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jaxtyping import Array, Float, Int, Key
 
-from jaxmllm.config import ModelConfig
-from jaxmllm.machine.mesh import CACHE, gathered, lay_out
-from jaxmllm.model.text import Decoder
-from jaxmllm.model.vision import Tower
+from jaxmllm.machine.mesh import CACHE, lay_out
+from jaxmllm.model.config import ModelConfig
+from jaxmllm.model.embedding import embed
+from jaxmllm.model.qwen2_vl.text import Decoder
+from jaxmllm.model.qwen2_vl.vision import Tower
 from jaxmllm.types import Completions, KVCache, Prompts, Vision
 
 Params = dict
@@ -52,11 +53,6 @@ def encode(params: Params, cfg: ModelConfig, vision: Vision) -> Float[Array, "B 
     return _apply(Tower(cfg), params, "vision", vision)
 
 
-def embed(params: Params, cfg: ModelConfig, tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
-    dtype = jnp.dtype(cfg.dtype)
-    return gathered(params["embed"], "embed", dtype)[tokens].astype(dtype)
-
-
 def embed_prompts(
     params: Params, cfg: ModelConfig, prompts: Prompts, vision_tokens: Float[Array, "B V D"] | None = None
 ) -> Float[Array, "B S D"]:
@@ -70,21 +66,6 @@ def embed_prompts(
     # a gather inside each row: stays on the row's device
     placed = jnp.take_along_axis(vision_tokens.astype(x.dtype), jnp.maximum(index, 0), axis=1)
     return jnp.where(index >= 0, placed, x)
-
-
-def head_kernel(params: Params, dtype: Any) -> Float[Array, "D vocab"]:
-    """The output projection: the transposed embedding when it is tied."""
-    if "head" in params:
-        return gathered(params["head"], "head", dtype)
-    return gathered(params["embed"], "embed", dtype).T
-
-
-def logits(params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n vocab"]:
-    """float32 logits. Holds [*n, vocab]: for losses use `jaxmllm.model.logprobs`, which never does."""
-    kernel = head_kernel(params, hidden.dtype).astype(hidden.dtype)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    out = jnp.einsum("nd,dv->nv", flat, kernel, preferred_element_type=jnp.float32)
-    return out.reshape(*hidden.shape[:-1], -1)
 
 
 def _last_hidden(hidden: Float[Array, "B S D"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
