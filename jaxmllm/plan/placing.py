@@ -5,10 +5,10 @@ from pathlib import Path
 
 import jax
 
-from jaxmllm.config import ModelConfig
 from jaxmllm.errors import InputError
 from jaxmllm.machine.mesh import MeshConfig
 from jaxmllm.machine.targets import check_layout, load_mesh
+from jaxmllm.model.config import ModelConfig
 from jaxmllm.plan.programs import architecture
 from jaxmllm.training.config import TrainConfig
 
