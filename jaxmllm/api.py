@@ -112,6 +112,7 @@ def load(
     max_source_pixels: int | None = None,
     max_prompt_length: int = 16384,
     buckets: Buckets | None = None,
+    family: str = "",
     **run: Any,
 ) -> Model:
     """Loads a Qwen2-VL or Qwen2.5-VL checkpoint.
@@ -124,13 +125,14 @@ def load(
         min_pixels, max_pixels: of a resized image; None: the checkpoint's.
         max_source_pixels: of a stored image; a larger one is refused before it is decoded. None: 89,478,485.
         max_prompt_length: tokens, vision included; longer prompts are refused.
+        family: module:object of a model family from outside the package; empty: the one of the checkpoint's model_type.
         run: other fields of ModelConfig that say how to run it (remat, unroll, attention).
 
     Raises InputError naming the file and the field when anything does not fit.
     """
     folder = resolve(path_or_hub_id)
     changes: dict[str, Any] = ({"dtype": dtype} if dtype else {}) | run
-    cfg = dataclasses.replace(load_model_config(folder), **changes)
+    cfg = dataclasses.replace(load_model_config(folder, family), **changes)
     processor = Processor.from_pretrained(
         folder,
         cfg,

@@ -246,8 +246,10 @@ def _has_own_head(folder: Path, family: Family) -> bool:
     if not (folder / SINGLE).is_file() and not (folder / INDEX).exists():
         return False  # a configuration alone, for a plan
     stored, known = read_headers(folder, family.canonical), dict(family.names)
-    pair = [stored[name] for name in (known["head"], known["embed"]) if name in stored]
-    return len(pair) == 2 and all(tensor.is_readable for tensor in pair) and not equal(*pair)
+    head, embed = stored.get(known["head"]), stored.get(known["embed"])
+    if head is None or embed is None or not head.is_readable or not embed.is_readable:
+        return False  # what is amiss is said when the weights are read
+    return not equal(head, embed)
 
 
 # ---------------------------------------------------------------- the network of a configuration's family

@@ -149,10 +149,11 @@ def equal(one: Stored, other: Stored, rows: int = 1024) -> bool:
     """Whether two tensors hold the same numbers, read a few rows at a time up to the first difference."""
     if one.shape != other.shape:
         return False
-    return all(
-        np.array_equal(*(t.read(first, min(rows, one.shape[0] - first)).astype(np.float32) for t in (one, other)))
-        for first in range(0, one.shape[0], rows)
-    )
+
+    def part(tensor: Stored, first: int) -> np.ndarray:
+        return tensor.read(first, min(rows, tensor.shape[0] - first)).astype(np.float32)
+
+    return all(np.array_equal(part(one, first), part(other, first)) for first in range(0, one.shape[0], rows))
 
 
 def is_finite(numbers: np.ndarray) -> bool:

@@ -121,7 +121,7 @@ def plan(
 
     Raises InputError when the mesh does not suit the model or batch, or no compiler for the chip is installed.
     """
-    cfg = architecture(config.model) if cfg is None else cfg
+    cfg = architecture(config.model, config.family) if cfg is None else cfg
     sizes = longest(config, cfg, vision_tokens, prompt_tokens)
     mesh, sampling, train, sample = meshes_for(target, cfg, config)
     planned = programs_of(config, cfg, sizes, mesh, sampling)
@@ -283,7 +283,7 @@ def search(config: TrainConfig, target: MeshTarget, **options: Any) -> Iterator[
 
     The caller keeps the fastest that fits and plans it whole.
     """
-    cfg = options.pop("cfg", None) or architecture(config.model)
+    cfg = options.pop("cfg", None) or architecture(config.model, config.family)
     base, _ = target.layouts(cfg)
     tried = set()
     for tensor in (base.tensor, 1, 2, 4, 8):

@@ -25,7 +25,7 @@ def on_mesh(config: TrainConfig, name: str | Path) -> TrainConfig:
             f"mesh {name}: it is made of {target.devices} x {target.chip.name}, here are {devices} "
             f"{jax.devices()[0].device_kind}; choose another mesh, or leave --mesh out to use all devices that are here"
         )
-    cfg = architecture(config.model)
+    cfg = architecture(config.model, config.family)
     train, sample = target.layouts(cfg)
     check_layouts(config, cfg, train, sample, devices, f"mesh {name}: ")
     return dataclasses.replace(config, mesh=train, sample_mesh=sample)

@@ -28,20 +28,20 @@ from jaxmllm.types import TrainState
 ARCHITECTURES = Path(api.__file__).parent / "assets" / "architectures"  # config.json of published checkpoints
 
 
-def architecture(name: str) -> ModelConfig:
+def architecture(name: str, family: str = "") -> ModelConfig:
     """The model's sizes: of "tiny", a checkpoint folder, a .json file, or a published model by the end of its hub id."""
     path = Path(name)
     if path.suffix == ".json" and path.is_file():
-        return model_config(read_json(path), str(path))
+        return model_config(read_json(path), str(path), family)
     known = ARCHITECTURES / f"{path.name}.json"
     if not path.is_dir() and known.is_file():
-        return model_config(read_json(known), str(known))
+        return model_config(read_json(known), str(known), family)
     if name != "tiny" and not path.is_dir():
         raise InputError(
             f"model {name!r}: its sizes are not known here. Give --model a folder with a config.json, that file itself, or "
             f"one of {', '.join(sorted(p.stem for p in ARCHITECTURES.glob('*.json')))}"
         )
-    return load_model_config(api.resolve(name))
+    return load_model_config(api.resolve(name), family)
 
 
 def sizes_of(config: TrainConfig, cfg: ModelConfig, vision_tokens: int, prompt_tokens: int) -> Sizes:

@@ -62,6 +62,9 @@ class TrainConfig:
     name: str
     method: Method = GRPO()  # how the model is trained, with its own options: see jaxmllm.methods
     model: str = "tiny"  # a checkpoint folder, a hub id, or "tiny", the embedded model
+    family: str = (
+        ""  # module:object of a model family from outside the package; empty: the one of the checkpoint's model_type
+    )
     from_scratch: bool = False  # random weights in the model's architecture
     output_dir: str = "runs"  # the run folder is output_dir/name
     seed: int = 0

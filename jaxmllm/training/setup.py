@@ -52,11 +52,11 @@ def load_model(config: TrainConfig, mesh: Mesh) -> api.Model:
         max_prompt_length=data.max_prompt_length,
     )
     if not config.from_scratch:
-        model = api.load(config.model, mesh=mesh, dtype=config.param_dtype, **limits, **shape)
+        model = api.load(config.model, mesh=mesh, dtype=config.param_dtype, family=config.family, **limits, **shape)
         model.cfg = dataclasses.replace(model.cfg, dtype=config.dtype)
         return model
     folder = api.resolve(config.model)
-    cfg = dataclasses.replace(load_model_config(folder), dtype=config.dtype, **shape)
+    cfg = dataclasses.replace(load_model_config(folder, config.family), dtype=config.dtype, **shape)
     params = api.init_params(cfg, config.seed, mesh)
     return api.Model(params, cfg, Processor.from_pretrained(folder, cfg, **limits), mesh, folder)
 
