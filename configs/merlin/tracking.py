@@ -2,7 +2,16 @@
 
     ./launch/local.sh jaxmllm train configs/merlin/tracking.py
 
-Ten minutes on one core.
+420 updates of 1.8 s of one core's time: thirteen minutes, the evaluation apart. Measured once, seed 0, on 128 unseen clips (val)
+with 95 % bootstrap intervals; the mean overlap in frames 2 to 8, and from frame 3 on, which is what two boxes are continued to:
+
+                            frames 2 to 8        frames 3 to 8
+    the model               .924 [.89, .96]      .921 [.88, .95]
+    constant velocity                            .784 [.74, .82]
+    first or last box kept  .367 [.31, .43]      .389 [.33, .45]
+
+Every answer has the form. What it knew: on 128 scenes each grounding keeps .922 (Acc@0.5; .926 as shipped), counting falls from
+.72 to .53 [.45, .62] in spite of the replay, so these weights are not shipped. One subject of one to three is asked about.
 """
 
 from jaxmllm.methods import SFT

@@ -30,7 +30,7 @@ def _mot_sequence(folder: Path) -> Footage:
     info = _ini(folder / "seqinfo.ini", "Sequence")
     pictures = _pictures(folder / info.get("imdir", "img1"))
     width, height = (int(info[key]) if key in info else 0 for key in ("imwidth", "imheight"))
-    size = (width, height) if width and height else tuple(image_size(pictures[0]))
+    size = (width, height) if width and height else _size(pictures[0])
     tracks: dict[int, Track] = {}
     for line, row in _rows(folder / "gt" / "gt.txt"):
         t, i, x, y, w, h, counted, *rest = row
@@ -91,7 +91,7 @@ def _single(
     folder: Path, pictures: Sequence[str], fps: float, names: list[str], seen: Sequence[float], action: str
 ) -> Footage:
     """One object; a row [x, y, w, h] a frame, without area where it is absent."""
-    size = tuple(image_size(pictures[0]))
+    size = _size(pictures[0])
     track: Track = {"id": 1, "names": names, "boxes": {}, "visibility": {}}
     rows = list(_rows(folder / "groundtruth.txt"))
     if len(rows) != len(pictures):
@@ -239,6 +239,11 @@ def _pictures(folder: Path) -> list[str]:
     if not files:
         raise InputError(f"{folder}: no frames")
     return files
+
+
+def _size(picture: str) -> tuple[int, int]:
+    width, height = image_size(picture)
+    return width, height
 
 
 def _ini(path: Path, section: str) -> dict[str, str]:

@@ -175,7 +175,7 @@ class ClipSource(Source):
                 continue
             timed = {key: _spans(track[key], number) for key in ("action", "location") if key in track}
             shown = {str(number[t]): v for t, v in seen.items() if t in number}
-            found.append({**track, "boxes": boxes, **timed, **({"visibility": shown} if shown else {})})
+            found.append({**track, "boxes": boxes, "visibility": shown, **timed})
         return found
 
     def clip(self, index: int) -> Record:

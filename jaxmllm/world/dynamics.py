@@ -122,9 +122,10 @@ def _course(objects, paths, spec, event) -> Course:
 
 def _behind(course: Course) -> Course:
     """The same with the object that hides drawn first."""
-    who, order = course.event.who, list(range(len(course.objects)))
-    order.insert(0, order.pop(who))
-    event = dataclasses.replace(course.event, who=0, to=order.index(course.event.to))
+    who = course.event.who
+    order = [who, *(k for k in range(len(course.objects)) if k != who)]
+    to = None if course.event.to is None else order.index(course.event.to)
+    event = dataclasses.replace(course.event, who=0, to=to)
     return Course(tuple(course.objects[k] for k in order), tuple(course.paths[k] for k in order), event)
 
 
