@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.spatial import cKDTree
 
+from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
 from jaxmllm.world.quadruples import ORDERS, OrderQuadruples, OrderSpec, places
 from jaxmllm.world.scenes import SceneSpec
@@ -70,6 +71,7 @@ def test_words_alone_stay_at_chance(records):
 def test_pictures_show_the_places_and_splits_differ():
     source = OrderQuadruples("val", length=8)
     record = source[2]
+    assert places(open_source("order:val?length=8")[2]).tolist() == places(record).tolist()
     images = [part["image"] for part in record["messages"][0]["content"] if part["type"] == "image"]
     assert len(images) == 6 and images[0].shape == (84, 84, 3)
     same = np.abs(images[0].astype(int) - images[1]).mean()

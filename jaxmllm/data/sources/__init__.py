@@ -22,6 +22,7 @@
 | `preference:FILE`            | two answers of which one is preferred: TRL's prompt / chosen / rejected / image(s),|
 |                              | or the best and worst answer of each reflection dialogue (images; answers=all:     |
 |                              | every answer of it, for dpo.loss_type lipo)                                        |
+| `order:SPLIT`                | questions of order in clips, four an item, see `world.quadruples` (seed length)    |
 | `tfds:FOLDER`                | records of the world that its TFDS builder wrote to ArrayRecord (split)            |
 | `mot:FOLDER` `got10k:FOLDER` | windows of annotated videos, with a query each (task=tracks,foresight frames rate  |
 | `lasot:FOLDER` `clips:FILE`  | horizon stride kinds subjects max_static min_visibility seed)                      |
