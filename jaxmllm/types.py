@@ -44,6 +44,9 @@ class Completions(struct.PyTreeNode):
     tokens: Int[Array, "B G T"]
     lengths: Int[Array, "B G"]  # 0 marks a padding row
     weights: Float[Array, "B G T"]  # weight of the token in a loss: 0 on padding and on text the model did not write
+    # of completions that hold pictures, such as those that tools return; they are encoded with those of the prompt
+    positions: Int[Array, "B G 3 T"] | None = None  # None: one by one from the prompt's next_position
+    vision_index: Int[Array, "B G T"] | None = None  # as of Prompts; None: no pictures
 
 
 class KVCache(struct.PyTreeNode):

@@ -60,9 +60,14 @@ def embed_prompts(
     x = embed(params, cfg, prompts.tokens)
     if vision_tokens is None and prompts.vision is not None:
         vision_tokens = encode(params, cfg, prompts.vision)
-    if vision_tokens is None:
-        return x
-    index = prompts.vision_index[..., None]
+    return x if vision_tokens is None else _placed(x, vision_tokens, prompts.vision_index)
+
+
+def _placed(
+    x: Float[Array, "B S D"], vision_tokens: Float[Array, "B V D"], vision_index: Int[Array, "B S"]
+) -> Float[Array, "B S D"]:
+    """`x` with the vision tokens where the index is not -1."""
+    index = vision_index[..., None]
     # a gather inside each row: stays on the row's device
     placed = jnp.take_along_axis(vision_tokens.astype(x.dtype), jnp.maximum(index, 0), axis=1)
     return jnp.where(index >= 0, placed, x)
@@ -84,15 +89,24 @@ def forward(
     Returns the prompt's hidden states [B, S, D] and, with completions, `hidden` [B, G, T, D] such that `hidden[b, g, t]`
     predicts `completions.tokens[b, g, t]` (position 0 is predicted by the last prompt token).
     """
+    if completions is not None and completions.vision_index is not None and vision_tokens is None:
+        assert prompts.vision is not None
+        vision_tokens = encode(params, cfg, prompts.vision)  # once, for both parts
     x, positions = embed_prompts(params, cfg, prompts, vision_tokens), prompts.positions
     s = x.shape[1]
     groups = length = 0
     if completions is not None:
         _, groups, length = completions.tokens.shape
         tail = embed(params, cfg, completions.tokens)
-        x = jnp.concatenate([x, rearrange(tail, "b g t d -> b (g t) d")], axis=1)
-        after = prompts.next_position[:, None] + jnp.arange(length)
-        after = repeat(after, "b t -> b c (g t)", c=3, g=groups)
+        tail = rearrange(tail, "b g t d -> b (g t) d")
+        if completions.vision_index is not None and vision_tokens is not None:
+            tail = _placed(tail, vision_tokens, rearrange(completions.vision_index, "b g t -> b (g t)"))
+        x = jnp.concatenate([x, tail], axis=1)
+        if completions.positions is not None:
+            after = rearrange(completions.positions, "b g c t -> b c (g t)")
+        else:
+            after = prompts.next_position[:, None] + jnp.arange(length)
+            after = repeat(after, "b t -> b c (g t)", c=3, g=groups)
         positions = jnp.concatenate([positions, after], axis=2)
     decoder = Decoder(cfg, prompt_len=s, groups=groups)
     hidden, _, _ = _apply(decoder, params, "text", x, positions, prompts.lengths)
