@@ -5,7 +5,9 @@
 #   ./launch/tpu_vm.sh jaxmllm train configs/quickstart.py
 # Ctrl-C leaves the run alone; the same line shows it again. Also: ./launch/tpu_vm.sh logs [HOST], stop (saves), delete.
 # Needs gcloud, logged in, and a bucket in the zone's region that keeps runs/ (made with --enable-hierarchical-namespace
-# --uniform-bucket-level-access, so that folders are renamed in one step). Two lines to edit:
+# --uniform-bucket-level-access, so that folders are renamed in one step). Data lie in the bucket's data/, which every host sees as
+# data/. What git knows or does not ignore is copied, a reward or config of your own included; HF_TOKEN, HF_HOME, WANDB_API_KEY and
+# PYTHONPATH are set there as here. Two lines to edit:
 PROJECT="${PROJECT:-my-project}" ZONE="${ZONE:-us-west4-a}" BUCKET="${BUCKET:-my-bucket}"
 TYPE="${TYPE:-v5litepod-16}" CAPACITY="${CAPACITY---spot}" # CAPACITY= for on demand, --reserved for a reservation
 set -euo pipefail
@@ -32,6 +34,8 @@ host() {
     command -v gcsfuse >/dev/null || fail "gcsfuse is not on this image: see Cloud Storage FUSE, installation"
     gcsfuse --implicit-dirs "$BUCKET" runs
   fi
+  [ -e data ] || ln -s runs/data data
+  if [ -f .settings.sh ]; then . ./.settings.sh; fi
   rm -f ~/run.status
   setsid nohup bash -c 'trap : TERM; ./launch/local.sh "$@"; echo $? >~/run.status' run "$@" >~/run.log 2>&1 </dev/null &
   echo $! >~/run.pid
@@ -72,11 +76,19 @@ acquire() {
 }
 
 begin() { # its status is that of its last line: called where `set -e` does not reach
-  local files
-  files="$(mktemp)"
-  git ls-files -z | tar --create --gzip --null --files-from=- --file="$files" &&
-    tpus tpu-vm scp "$files" "$NAME:code.tgz" --worker=all &&
-    on all "mkdir -p jaxmllm && tar -xzf code.tgz -C jaxmllm && BUCKET=$(printf %q "$BUCKET") ./jaxmllm/launch/tpu_vm.sh host $(printf '%q ' "$@")"
+  local copy name
+  copy="$(mktemp -d)" # readable by its owner alone
+  mkdir "$copy/code"
+  git ls-files -z --cached --others --exclude-standard | tar --create --null --files-from=- |
+    tar --extract --directory="$copy/code" &&
+    for name in HF_TOKEN HF_HOME WANDB_API_KEY PYTHONPATH; do # in a file: everyone on a host sees its command lines
+      [ -z "${!name:-}" ] || printf 'export %s=%q\n' "$name" "${!name}"
+    done >"$copy/code/.settings.sh" &&
+    chmod 600 "$copy/code/.settings.sh" &&
+    tar --create --gzip --file="$copy/code.tgz" --directory="$copy/code" . &&
+    tpus tpu-vm scp "$copy/code.tgz" "$NAME:code.tgz" --worker=all &&
+    on all "mkdir -p jaxmllm && tar -xzf code.tgz -C jaxmllm && BUCKET=$(printf %q "$BUCKET") ./jaxmllm/launch/tpu_vm.sh host $(printf '%q ' "$@")" &&
+    rm -r "$copy"
 }
 
 # One word a host: its exit status, `running`, or nothing where it cannot be reached.

@@ -113,6 +113,9 @@ class MeshTarget:
         tpu = self.chip.platform == "tpu"
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not wait for the metadata server of a TPU host
         options = {} if tpu else {"topology": self.topology, "target_config": self.chip.target_config}
+        skipped = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"  # of the driver: the plugin asks at its first use, and there is none here
+        kept = os.environ.get(skipped)
+        os.environ[skipped] = "1"
         try:
             return topologies.get_topology_desc(self.topology, platform=self.chip.platform, **options).devices
         except (RuntimeError, NotImplementedError) as error:
@@ -121,6 +124,9 @@ class MeshTarget:
                 f"{self.topology}: no compiler for {self.chip.name} here ({str(error).splitlines()[0]}); "
                 f"install the extra {extra!r}: JAXMLLM_EXTRAS={extra} ./launch/local.sh ..."
             ) from error
+        finally:
+            os.environ.pop(skipped)
+            os.environ.update({} if kept is None else {skipped: kept})
 
 
 def known_meshes() -> tuple[str, ...]:

@@ -6,7 +6,7 @@ runs, and a rematerialised block counts again where the backward pass runs it ag
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,17 @@ def kernel_blocks(kernel: str, scopes: str) -> tuple[int, int, int]:
     products = next((n for name, n in BLOCK_PRODUCTS.items() if kernel.startswith(name)), 0)
     found = BLOCKS.search(scopes)
     return (int(found[1]), int(found[2]), products) if products and found else (0, 0, 0)
+
+
+def cudnn_products(query: Sequence[int], keys: Sequence[int], causal: bool, backward: bool) -> float:
+    """FLOPs of cuDNN's fused attention; `query` [B, X, N, H] and `keys` [B, Y, K, H] are shapes.
+
+    Forward: scores and values. Backward: scores again and the gradients of weights, queries, keys and values. Of a causal one
+    only the pairs that meet are counted; its kernels skip the blocks of the others.
+    """
+    rows, length, heads, width = query
+    pairs = length * (length + 1) // 2 if causal else length * keys[1]
+    return 2.0 * (5 if backward else 2) * rows * heads * pairs * width
 
 
 def count(function: Callable[..., Any], *arguments: Any, steps: int = 1, chosen: float = 1.0) -> float:
@@ -70,4 +81,7 @@ def _equation(equation: Any, steps: int, chosen: float, scopes: str) -> float:
             raise NotImplementedError(f"the kernel {options['name']} is not counted")
         width = max((v.aval.shape for v in equation.outvars), key=math.prod)[-1]
         return 2.0 * products * blocks * side * side * width
+    if name.startswith("dot_product_attention_"):  # cuDNN's
+        causal, backward = options["mask_type"].name == "CAUSAL", "_bwd" in name
+        return cudnn_products(*(v.aval.shape for v in equation.invars[:2]), causal, backward)
     return sum(map(inside, jaxprs_in_params(options)))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jaxmllm.plan.flops import kernel_blocks
+from jaxmllm.plan.flops import cudnn_products, kernel_blocks
 
 BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
@@ -324,6 +324,9 @@ def _product(one: Instruction, scope: dict[str, Instruction]) -> float:
         left = scope[one.operands[0]].dims()
         contracted = _listed(one.rest, "lhs_contracting_dimensions")
         return 2.0 * math.prod(_dims(_elements(one.shape)[0])) * math.prod(left[i] for i in contracted)
+    if one.opcode == "custom-call" and (fused := re.search(r'"__cudnn\$fmha\w*?(Backward)?"', one.rest)):
+        query, keys = (scope[name].dims() for name in one.operands[:2])
+        return cudnn_products(query, keys, '"CAUSAL"' in one.rest, bool(fused[1]))
     if one.opcode == "convolution":
         return _convolution(one, scope)
     return 0.0

@@ -17,7 +17,7 @@ from jaxmllm.data.chat import Buckets
 from jaxmllm.errors import InputError
 from jaxmllm.methods.method import Layout
 from jaxmllm.methods.shapes import Program, Sizes
-from jaxmllm.model import family
+from jaxmllm.model import attention, family
 from jaxmllm.model.config import ModelConfig
 from jaxmllm.model.family import load_model_config, model_config
 from jaxmllm.runfiles import read_json
@@ -81,7 +81,7 @@ def programs_of(config: TrainConfig, cfg: ModelConfig, sizes: Sizes, train: Mesh
     # of a machine that is not here: the kernel that the machine itself would choose
     platform, kernel = train.devices.flat[0].platform, cfg.attention
     if kernel == "auto" and platform != jax.default_backend():
-        kernel = "splash" if platform == "tpu" else "dense"
+        kernel = attention.BACKENDS.get("gpu" if platform == "cuda" else platform, "dense")
     cfg = dataclasses.replace(cfg, dtype=config.dtype, remat=config.remat, unroll=config.unroll, attention=kernel)
     layout, state = planned(config, cfg, train, sample)
     return Planned(layout, state, config.method.programs(sizes, state, layout))
