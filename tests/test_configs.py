@@ -35,7 +35,7 @@ RUNS = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.parent.name != "m
 RECIPES = sorted((ROOT / "configs" / "perception_r1").glob("*.py"))
 # heads of the decoder, of its keys and values, of the tower: config.json of the checkpoints
 SIZES = {"2B": (12, 2, 16), "3B": (16, 2, 16), "7B": (28, 4, 16), "32B": (40, 8, 16), "72B": (64, 8, 16)}
-MESHES = "cpu h100_1 h100_8 h100_8x4 v5e_16 v5e_256 v5e_64 v5p_64 v6e_16 v6e_256".split()
+MESHES = "cpu h100_1 h100_8 h100_8x4 v5e_16 v5e_16x2 v5e_256 v5e_64 v5p_64 v6e_16 v6e_256".split()
 
 
 def name_of(path: Path) -> str:
@@ -227,7 +227,8 @@ def test_mesh(name):
     assert mesh.devices == int(digits[0] or 1) * int(digits[1] or 1)
     assert mesh.devices % mesh.hosts == 0
     if mesh.chip.platform == "tpu":
-        assert np.prod([int(n) for n in mesh.topology.partition(":")[2].split("x")]) == mesh.devices
+        chips = np.prod([int(n) for n in mesh.topology.partition(":")[2].split("x")])
+        assert (chips * mesh.slices, mesh.slices) == (mesh.devices, int(digits[1] or 1))
     elif mesh.chip.platform == "cuda":
         assert [int(n) for n in mesh.topology.split("x")] == [1, mesh.hosts, mesh.devices // mesh.hosts]
     # no step of the decode loop may have to gather parameters
@@ -292,7 +293,7 @@ def test_load_mesh_refuses(tmp_path):
         load_mesh(broken)
 
 
-@pytest.mark.parametrize("name", ["v5e_16", "h100_8x4"])
+@pytest.mark.parametrize("name", ["v5e_16", "v5e_16x2", "h100_8x4"])
 def test_compile_devices(name):
     """With the compiler at hand the topology has the devices and hosts the config says; without, the error names it."""
     mesh = load_mesh(name)

@@ -324,14 +324,18 @@ def test_seconds_of_messages():
     assert node.seconds(Message("all-reduce", 450e9, (0,))) == 0
     # four nodes: a GPU takes 31/32 in over its links, a node 3/4 over its eight adapters of 50 GB/s; the slower counts
     cluster = Links(H100, tuple(i // 8 for i in range(32)), 1)
-    slow = Links(dataclasses.replace(H100, dcn_gb_s=25.0), cluster.hosts, 1)
+    slow = Links(dataclasses.replace(H100, dcn_gb_s=25.0), cluster.nodes, 1)
     assert cluster.seconds(Message("all-gather", 400e9, tuple(range(32)))) == pytest.approx(31 / 32 * 400 / 450)
     assert slow.seconds(Message("all-gather", 400e9, tuple(range(32)))) == pytest.approx(3 / 4 * 400 / 200)
     assert cluster.seconds(Message("all-reduce", 50e9, (0, 8))) == pytest.approx(2 / 2)
     assert cluster.seconds(Message("all-gather", 450e9, everyone)) == pytest.approx(7 / 8)
     # two of sixteen chips on a line have one of two dimensions' links
-    torus = Links(V5E, tuple(i // 4 for i in range(16)), 2)
+    torus = Links(V5E, (0,) * 16, 2)
     assert torus.seconds(Message("all-gather", 100e9, (0, 1))) == pytest.approx(1 / 2)
+    # two slices: 16 chips of each take half of the bytes in over their shares of the network
+    pair = Links(V5E, tuple(i // 16 for i in range(32)), 2)
+    assert pair.seconds(Message("all-gather", 100e9, tuple(range(32)))) == pytest.approx(50 / (16 * 3.125))
+    assert pair.seconds(Message("all-gather", 200e9, tuple(range(16)))) == pytest.approx(15 / 16)
     assert torus.seconds(Message("all-gather", 200e9, tuple(range(16)))) == pytest.approx(15 / 16)
 
 

@@ -9,11 +9,12 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmllm.errors import InputError
@@ -49,7 +50,11 @@ class MeshConfig:
 
 
 def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes what is left. InputError when the sizes do not multiply up."""
+    """A mesh over all devices; one axis may be -1 and takes what is left.
+
+    Devices of several slices (TPU pods joined by a network, GPUs by NVLink domain) are laid out so that `replica`, then `fsdp`,
+    crosses the network and `tensor` never does. InputError when the sizes do not multiply up, or slices would be cut.
+    """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"replica": replica, "fsdp": fsdp, "tensor": tensor}
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -65,7 +70,28 @@ def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Seq
         sizes[free[0]] = len(devices) // known
     shape = tuple(sizes[axis] for axis in AXES)
     # Auto on purpose: the default axis type differs between jax versions
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    across = _across(sizes, slices)
+    inside = tuple(size // part for size, part in zip(shape, across, strict=True))
+    laid_out = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    return Mesh(laid_out, AXES, axis_types=types)
+
+
+def _across(sizes: Mapping[str, int], slices: int) -> tuple[int, ...]:
+    """Into how many slices each axis reaches: `replica` first, whose messages are the fewest, then `fsdp`, never `tensor`."""
+    left, parts = slices, []
+    for axis in ROWS:
+        parts.append(math.gcd(sizes[axis], left))
+        left //= parts[-1]
+    if left > 1:
+        raise InputError(
+            f"mesh: {slices} slices of devices, and replica {sizes['replica']} x fsdp {sizes['fsdp']} cannot be split over "
+            f"them (tensor {sizes['tensor']} stays inside of one); use replica {slices}"
+        )
+    return (*parts, 1)
 
 
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules=RULES) -> PartitionSpec:

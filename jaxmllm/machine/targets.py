@@ -96,6 +96,7 @@ class MeshTarget:
     hosts: int
     train: MeshConfig
     sample: MeshConfig
+    slices: int = 1  # of TPUs: `topology` is of one of them, `devices` and `hosts` are of all
 
     def layouts(self, model: Heads) -> tuple[MeshConfig, MeshConfig]:
         """(train, sample) for a model: `tensor` narrowed to what divides its heads, the devices set free widen the others."""
@@ -112,8 +113,12 @@ class MeshTarget:
 
         tpu = self.chip.platform == "tpu"
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not wait for the metadata server of a TPU host
-        options = {} if tpu else {"topology": self.topology, "target_config": self.chip.target_config}
-        skipped = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"  # of the driver: the plugin asks at its first use, and there is none here
+        options: dict[str, Any] = {"topology": self.topology, "target_config": self.chip.target_config}
+        if tpu:
+            options = {} if self.slices == 1 else {"num_slices": self.slices}
+        skipped = (
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"  # of the driver: the plugin asks at its first use, and there is none here
+        )
         kept = os.environ.get(skipped)
         os.environ[skipped] = "1"
         try:
