@@ -1,11 +1,9 @@
-"""Flags as people write them, said again as tyro reads them; and numbers that cannot be meant."""
+"""Flags as people write them, said again as tyro reads them; and the numbers among them."""
 
 import dataclasses
-import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import wraps
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxmllm.errors import InputError
@@ -74,16 +72,3 @@ def numbers(of: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
     elif isinstance(of, tuple | list):
         for value in of:
             yield from numbers(value, prefix)
-
-
-def finite(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that refuses numbers that are none: NaN and infinity."""
-
-    @wraps(command)
-    def checked(*positional: Any, **values: Any) -> None:
-        for name, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"--{name} {value}: must be a finite number")
-        command(*positional, **values)
-
-    return checked

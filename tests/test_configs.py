@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from jaxmllm import tasks
+from jaxmllm.commands.config_flags import config_of
 from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
 from jaxmllm.machine.targets import check_layout, known_meshes, load_mesh
@@ -27,7 +28,7 @@ from jaxmllm.plan.placing import check_layouts
 from jaxmllm.plan.programs import architecture
 from jaxmllm.tasks import ocr
 from jaxmllm.tasks.detection import Weights
-from jaxmllm.training.config import MeshConfig, TrainConfig, load_config, parse_command
+from jaxmllm.training.config import MeshConfig, TrainConfig, load_config
 from jaxmllm.training.setup import asking_of, eval_asking, task_options
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +54,7 @@ def docstring(path: Path) -> str:
 
 
 def overridden(path: Path, arguments: list[str]) -> TrainConfig:
-    return parse_command("train", [str(path), *arguments])[0]
+    return config_of([str(path), *arguments])
 
 
 # ---------------------------------------------------------------- runs
@@ -319,8 +320,9 @@ def commands_of(path: Path) -> list[list[str]]:
 def test_the_command_of_a_mesh_fits_its_devices(name):
     """Up to compilation: the config is valid, and its layouts divide model and batch."""
     (command,) = commands_of(ROOT / "configs" / "meshes" / f"{name}.py")
-    config, given = parse_command("plan", [str(ROOT / command[1]), *command[2:]], ("--mesh",))
-    target = load_mesh(given["--mesh"])
+    words = command[2:]
+    at = words.index("--mesh")
+    config, target = config_of([str(ROOT / command[1]), *words[:at], *words[at + 2 :]]), load_mesh(words[at + 1])
     cfg = architecture(config.model)
     check_layouts(config, cfg, *target.layouts(cfg), target.devices)
 
@@ -334,7 +336,7 @@ def test_what_a_recipe_is_told_about_a_mesh_cures_it(recipe, name):
         check_layouts(config, cfg, *target.layouts(cfg), target.devices)
     except InputError as error:
         flags = re.search(r"(--batch_size \d+) (--optim.gradient_accumulation_steps \d+)", str(error)).group().split()
-        cured, _ = parse_command("plan", [str(recipe), *flags])
+        cured = config_of([str(recipe), *flags])
         check_layouts(cured, cfg, *target.layouts(cfg), target.devices)
         assert cured.batch_size < config.batch_size + target.devices
 

@@ -103,11 +103,11 @@ def test_every_finding_has_its_runs_and_every_run_its_start():
 
 
 def test_every_run_is_a_valid_config():
-    from jaxmllm.training.config import parse_command
+    from jaxmllm.commands.config_flags import config_of
 
     for job in findings.jobs("", (0,)):
         _, _, path, *flags = job.command(findings.ROOT)
-        config, _ = parse_command("train", [str(findings.ROOT / path), *flags])
+        config = config_of([str(findings.ROOT / path), *flags])
         assert config.name == job.key
         if config.method.name == "grpo" and job.case.group != "bccd":
             assert config.batch_size * config.method.num_generations == 128  # as much to learn from for every G

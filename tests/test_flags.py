@@ -8,20 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from jaxmllm import cli
+from jaxmllm import cli, commands
+from jaxmllm.commands import COMMANDS
+from jaxmllm.commands.config_flags import config_of
 from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
 from jaxmllm.flags import spelled
 from jaxmllm.machine.mesh import MeshConfig
 from jaxmllm.methods.optim import OptimConfig
 from jaxmllm.model.lora import LoRAConfig
-from jaxmllm.training.config import DataConfig, TrainConfig, load_config, parse_command
+from jaxmllm.training.config import DataConfig, TrainConfig, load_config
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 
 def config(*arguments: str) -> TrainConfig:
-    return parse_command("train", [str(QUICKSTART), *arguments])[0]
+    return config_of([str(QUICKSTART), *arguments])
 
 
 def refused(capsys, *arguments) -> str:
@@ -133,9 +135,28 @@ def test_help_has_a_line_for_every_command(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    for name in cli.COMMANDS:
+    for name in {name.partition(" ")[0] for name in COMMANDS}:
         (line,) = re.findall(rf"• {name} +(.*)", shown)
         assert len(line.split()) > 3, line
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_a_line_for_every_flag(capsys, monkeypatch, name):
+    """Also for those of a config, without a config."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        cli.main([*name.split(), "--help"])
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert end.value.code == 0 and f"usage: jaxmllm {name}" in shown
+    flags = re.split(r"\n[│ ] (?=-)", shown)[1:]
+    helps = {flag.split()[0]: re.split(r" {2,}|\n", flag.replace("│", ""), maxsplit=1)[-1].strip() for flag in flags}
+    assert len(helps) > 1 and not [flag for flag, line in helps.items() if line.startswith(("(default", "(required"))]
+
+
+def test_every_command_is_a_file():
+    """And every file that has a function `run` is a command."""
+    files = {path.stem for path in Path(commands.__file__).parent.glob("*.py") if "\ndef run(" in path.read_text()}
+    assert files == {name.replace(" ", "_") for name in COMMANDS} | {"parser"}
 
 
 def test_nothing_is_said_about_a_missing_pytorch(tmp_path):

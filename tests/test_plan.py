@@ -452,9 +452,9 @@ def test_command(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["configs/quickstart.py", "--mesh"], "--mesh: a value is missing"),
+        (["--mesh", "cpu"], "name a config first"),
         (["configs/quickstart.py", "--mesh", "nowhere"], "no such config; known are cpu"),
-        (["configs/quickstart.py", "--mesh", "cpu", "--vision_tokens", "many"], "--vision_tokens = 'many'"),
+        (["configs/quickstart.py", "--mesh", "cpu", "--vision_tokens", "0"], "--vision_tokens 0: must be at least 1"),
         (["configs/quickstart.py", "--mesh", "cpu", "--batch_size", "12"], "does not divide the 12 prompts"),
         (["configs/quickstart.py", "--mesh", "cpu", "--model", "Nobody/Unknown"], "its sizes are not known here"),
     ],

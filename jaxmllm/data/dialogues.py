@@ -9,14 +9,17 @@ A turn is {"response", "reward" or "score", "feedback"}; the images stand in the
 reper.md sections 2 and 3.4.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxmllm.data import conversations, records
 from jaxmllm.data.formats import Record, RowSource, choose, media, numbers, shorten, text
+from jaxmllm.data.images import load_image
 from jaxmllm.data.rows import Rows
 from jaxmllm.errors import InputError
+from jaxmllm.runfiles import JsonLines
 
 Conversation = list[dict[str, Any]]
 Turn = dict[str, Any]
@@ -73,6 +76,23 @@ def reflection(row: Mapping[str, Any], root: Path) -> Record:
     image = media(row["image"], root)
     messages = conversation({"image": image}, question, found)
     return {"images": [image], "messages": messages, "turns": found, "source": source}
+
+
+def write_dialogues(folder: Path, dialogues: Sequence[Mapping[str, Any]]) -> None:
+    """Writes `folder/dialogues.jsonl`; images that are no files go to `folder/images`, once each."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for dialogue in dialogues:
+        image = dialogue["image"]
+        if isinstance(image, str | Path):
+            path = str(Path(image).absolute())
+        else:
+            picture = load_image(image, str(dialogue["id"]))
+            path = f"images/{hashlib.sha256(picture.tobytes()).hexdigest()[:16]}.png"
+            picture.save(folder / path)
+        rows.append({**dialogue, "image": path})
+    with JsonLines(folder / "dialogues.jsonl") as file:
+        file.append(rows)
 
 
 def preference(row: Mapping[str, Any], root: Path) -> Record:

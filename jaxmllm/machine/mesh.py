@@ -44,9 +44,9 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 class MeshConfig:
     """Axes of the device mesh; -1 takes the devices that are left. See configs/meshes."""
 
-    replica: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    replica: int = 1  # copies of the parameters, each with rows of its own
+    fsdp: int = -1  # parts that parameters and rows are split into
+    tensor: int = 1  # parts that heads and hidden units are split into
 
 
 def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:

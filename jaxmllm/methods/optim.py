@@ -23,13 +23,13 @@ from jaxmllm.types import TrainState
 class OptimConfig:
     """AdamW; names are transformers' TrainingArguments."""
 
-    learning_rate: float = 1e-6
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: int = 0
+    learning_rate: float = 1e-6  # at its peak, after warm-up
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"  # how it falls after warm-up
+    warmup_steps: int = 0  # updates in which the rate rises from 0
     weight_decay: float = 0.0  # matrices only
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
+    adam_beta1: float = 0.9  # memory of Adam's first moment
+    adam_beta2: float = 0.999  # and of its second
+    adam_epsilon: float = 1e-8  # added to the root of the second moment
     max_grad_norm: float = 1.0  # global norm; 0 turns clipping off
     gradient_accumulation_steps: int = 1  # microbatches an update, of whole groups
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment; the second is float32

@@ -1,5 +1,6 @@
 """A plan as a table for the terminal, as JSON, and as one row of a comparison."""
 
+import json
 from typing import Any
 
 from jaxmllm.plan import GIB, PhasePlan, Plan
@@ -9,6 +10,10 @@ from jaxmllm.runfiles import plain
 def as_json(found: Plan) -> dict[str, Any]:
     """Plain values; bytes and seconds as in `Plan`."""
     return plain(found) | {"fits": found.fits, "seconds": found.seconds}
+
+
+def json_text(found: Plan) -> str:
+    return json.dumps(as_json(found), indent=1)
 
 
 def _axes(layout: Any) -> str:

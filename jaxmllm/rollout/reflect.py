@@ -160,6 +160,18 @@ def reward_critic(
     return critic
 
 
+def share_of_gold(
+    reward: Callable[[str, Mapping[str, Any]], float | None], gold: Callable[[Mapping[str, Any]], str]
+) -> Callable[[str, Mapping[str, Any]], float | None]:
+    """A reward as a share, 0..1, of what the record's gold answer earns; None where it does not apply."""
+
+    def share(text: str, record: Mapping[str, Any]) -> float | None:
+        value, best = reward(text, record), reward(gold(record), record)
+        return None if value is None or not best else min(max(value / best, 0.0), 1.0)
+
+    return share
+
+
 def _total(value: float | Mapping[str, float] | None) -> float | None:
     return value["reward"] if isinstance(value, Mapping) else value
 

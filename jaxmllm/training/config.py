@@ -8,11 +8,10 @@ import math
 import os
 import runpy
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxmllm import flags, methods, tasks
+from jaxmllm import flags, tasks
 from jaxmllm.errors import InputError
 from jaxmllm.machine.mesh import MeshConfig
 from jaxmllm.methods.grpo.method import GRPO
@@ -37,7 +36,7 @@ class DataConfig:
     thinking: bool = False  # answers are <think>..</think><answer>..</answer>; question and system turn ask for it
     system: str | None = None  # system turn of training prompts; None: the template's own (with `thinking`: R1's)
     min_pixels: int | None = None  # of a resized image; None: the checkpoint's
-    max_pixels: int | None = None
+    max_pixels: int | None = None  # of a resized image; None: the checkpoint's
     max_source_pixels: int | None = None  # of a stored image; a larger one is a bad record. None: 89,478,485
     max_prompt_length: int = 1024  # tokens, vision included; a longer prompt is an error
     max_bad_records: int = 0  # records that may be unreadable before the run stops
@@ -52,14 +51,14 @@ class EvaluationConfig:
     system: str | None = None  # system turn; None: the template's own (with data.thinking: R1's)
     wording: Literal["train", "evaluation"] = "train"  # of questions whose published evaluation asks in other words
     rules: Literal["corrected", "released"] = "corrected"  # how answers are read
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.0  # above 1 makes tokens that were said before less likely
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a run's numbers."""
 
-    name: str
+    name: str  # of the run folder, below output_dir
     method: Method = GRPO()  # how the model is trained, with its own options: see jaxmllm.methods
     model: str = "tiny"  # a checkpoint folder, a hub id, or "tiny", the embedded model
     family: str = (
@@ -67,27 +66,27 @@ class TrainConfig:
     )
     from_scratch: bool = False  # random weights in the model's architecture
     output_dir: str = "runs"  # the run folder is output_dir/name
-    seed: int = 0
+    seed: int = 0  # of everything that is drawn at random
     max_steps: int = 100  # optimiser updates
     max_seconds: float = 0  # stop after this much training time; 0: no limit. Does not enter the schedule
     resume_from: str = ""  # a run folder: begin with its newest checkpoint, under this config's schedule and rate
     batch_size: int = 16  # prompts (images in SFT) a rollout or update, over all devices
     trainable: str = r".*"  # regular expression on parameter paths, matched whole; the rest is frozen
     lora: LoRAConfig | None = None  # None: no adapters. --lora.r 8 and its like turn them on, --lora None off
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 is rounded by chance
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matrix products
-    remat: Remat = "none"
+    remat: Remat = "none"  # what the backward pass computes again, to save memory
     unroll: bool = False  # unroll the layer loop (small models on a CPU)
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     mesh: MeshConfig = MeshConfig()
     sample_mesh: MeshConfig | None = None  # layout of the same devices while sampling; None: as in training
-    logging_steps: int = 1
+    logging_steps: int = 1  # log means over so many updates
     eval_steps: int = 0  # evaluate every so many updates; 0: only before and after
     eval_on_start: bool = True  # evaluate before the first update
-    save_steps: int = 100
-    save_total_limit: int = 2
+    save_steps: int = 100  # write a checkpoint every so many updates
+    save_total_limit: int = 2  # newest checkpoints that are kept
     metric_for_best_model: str = ""  # "<eval source>/<metric>"; its best checkpoint is kept too. Empty: the latest only
     load_best_model_at_end: bool = False  # the last evaluation and the export are of that checkpoint
     completions_steps: int = 10  # write sampled completions every so many updates
@@ -170,8 +169,6 @@ AT_LEAST = {
         ("data.max_source_pixels", "data.workers", "optim.max_nonfinite_steps", "evaluation.max_new_tokens"), 1
     ),
 }
-OPTIONAL: dict[str, type] = {"lora": LoRAConfig, "sample_mesh": MeshConfig}  # parts that a config may leave out
-EXAMPLES = {"lora": "r 8", "sample_mesh": "fsdp 2"}
 FREE_FIELDS = (
     *("max_seconds", "output_dir", "logging_steps", "save_steps", "save_total_limit", "export", "report_to"),
     *("completions_steps", "save_pictures", "data.workers", "data.max_bad_records", "optim.max_nonfinite_steps"),
@@ -204,47 +201,3 @@ def load_config(path: str | Path) -> TrainConfig:
     if not isinstance(config, TrainConfig):
         raise InputError(f"{path}: must define `config`, a jaxmllm.training.config.TrainConfig")
     return config
-
-
-def parse_command(
-    command: str, arguments: Sequence[str], names: Sequence[str] = ()
-) -> tuple[TrainConfig, dict[str, str]]:
-    """`jaxmllm COMMAND CONFIG.py [--field value ...]`: the config, valid, and the values of the flags called `names`.
-
-    All other flags override the config's fields. `arguments` begins with the file. InputError for a value that is missing,
-    a switch that is neither true nor false, and what `validate` refuses.
-    """
-    import tyro
-
-    path, fields, given, rest = arguments[0], [], {}, iter(arguments[1:])
-    method, off = None, set()
-    for argument in rest:
-        name, _, value = argument.partition("=")
-        part = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
-        if name not in names and name != "--method" and part not in OPTIONAL:
-            fields.append(argument)
-        elif not (value := value or next(rest, "")):
-            raise InputError(f"{name}: a value is missing")
-        elif name == "--method":
-            method = value
-        elif name in names:
-            given[name] = value
-        elif value.lower() == "none":
-            off.add(part)
-        else:
-            raise InputError(
-                f"{name} {value}: write {name} None, or flags of its fields, such as {name}.{EXAMPLES[part]}"
-            )
-    config = load_config(path)
-    if method is not None:  # its options are read after it: they start at its own defaults
-        config = dataclasses.replace(config, method=methods.get(method)())
-    # flags of the parts that the config leaves out are known too, and any of them turns its part on
-    absent: dict[str, Any] = {name: part() for name, part in OPTIONAL.items() if getattr(config, name) is None}
-    whole = dataclasses.replace(config, **absent)
-    words = flags.spelled(fields, flags.flag_types(whole))
-    asked = {word[2:].partition(".")[0].replace("-", "_") for word in words if word.startswith("--")}
-    prog, usual = f"jaxmllm {command} {path}", (tyro.conf.AvoidSubcommands,)
-    config = tyro.cli(TrainConfig, default=whole, args=words, prog=prog, config=usual)
-    left_out: dict[str, Any] = dict.fromkeys(off | (absent.keys() - asked))
-    config = dataclasses.replace(config, **left_out)
-    return config.validate(), given

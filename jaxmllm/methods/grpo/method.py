@@ -45,11 +45,11 @@ class GRPO(Method, GRPOOptions):
 
     free: ClassVar[tuple[str, ...]] = ("reward_errors", "reward_processes", "reward_timeout")
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
+    temperature: float = 1.0  # of the draw, and of the scores
+    top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
+    top_k: int = 0  # draw from so many of the likeliest tokens; 0: from all
+    min_p: float | None = None  # draw from tokens with at least this share of the likeliest one's probability
+    repetition_penalty: float = 1.0  # above 1 makes tokens that were said before less likely
     # "task": the record's own; "soft_overlong", "repetition": of the tokens, see below; otherwise module:function,
     # file.py:function, or in a config file the function itself
     reward_funcs: tuple[str, ...] = ("task",)  # their weights: reward_weights

@@ -33,6 +33,16 @@ def task_reward(text: str, record: Mapping[str, Any], options: Mapping[str, Any]
     return tasks.of(record, options).reward(text, record)
 
 
+def total_reward(style: str, thinking: bool = False) -> Callable[[str, Mapping[str, Any]], float | None]:
+    """The reward of a record's task, without its parts; None where it does not apply."""
+
+    def total(text: str, record: Mapping[str, Any]) -> float | None:
+        value = task_reward(text, record, {"style": style, "thinking": thinking})
+        return value["reward"] if isinstance(value, Mapping) else value
+
+    return total
+
+
 def named(function: str | Reward) -> str:
     """The name that `resolve` finds a function by: `module:function`, or `file.py:function` where no module has it.
 

@@ -1,12 +1,14 @@
-"""`jaxmllm data tracks`: the command line of `video_tracks`."""
+"""`jaxmllm data tracks`: clips with tracks out of real video."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from jaxmllm.experts.video_tracks import write_tracks
 
-def tracks(
+
+def run(
     videos: Annotated[Path, tyro.conf.Positional],
     out: Path,
     detector: str = "motion",
@@ -32,7 +34,5 @@ def tracks(
         preview: a folder for pictures with the boxes drawn.
         max_bad_records: videos that may fail; the others are read.
     """
-    from jaxmllm.experts.video_tracks import write_tracks
-
     keeping = {"min_frames": min_frames, "min_score": min_score, "max_gaps": max_gaps}
     write_tracks(videos, out, detector, tracker, keeping, preview, max_bad_records)

@@ -1,12 +1,18 @@
-"""`jaxmllm data relations`."""
+"""`jaxmllm data relations`: pairs of matched and mismatched expressions."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from rich.table import Table
+
+from jaxmllm.commands.terminal import console
+from jaxmllm.data.relation_pairs.make import make
+from jaxmllm.data.sources import open_source
+from jaxmllm.world.preview import preview
 
 
-def relations(
+def run(
     source: Annotated[str, tyro.conf.arg(name="from")],
     out: Path,
     cell: Literal["S11", "S16"] = "S16",
@@ -35,20 +41,13 @@ def relations(
         apart: whether training and test share no combination of looks and relation; few photographs may need to.
         images: folder of the photographs, where it is not found near the file.
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    from jaxmllm.data.relation_pairs.make import make
-    from jaxmllm.data.sources import open_source
-    from jaxmllm.world.preview import preview
-
     summary = make(source, out, cell, pairs, val_pairs, test_pairs, rivals, per_picture, apart, seed, images)
     table = Table("file", "pairs", "pictures", "verified", "language alone", title=str(out))
     for name, line in summary.items():
         alone = line.get("language_only")
         told = "" if alone is None else f"{alone:.3f}"
         table.add_row(name, str(line["pairs"]), str(line.get("pictures", 0)), str(line.get("verified", 0)), told)
-    Console().print(table)
+    console().print(table)
     first = next((name for name, line in summary.items() if line["pairs"]), None)
     if first is not None:
         print(f"preview: {preview(open_source(f'records:{out}/{first}.jsonl'), out / 'preview.png')}")
