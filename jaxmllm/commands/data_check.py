@@ -6,13 +6,13 @@ from tyro.conf import Positional
 from jaxmllm import api
 from jaxmllm.commands.options import MaxPixels, MaxSourcePixels, MinPixels, Style, Thinking, at_least
 from jaxmllm.commands.terminal import console
-from jaxmllm.config import load_model_config
 from jaxmllm.data import check
 from jaxmllm.data.chat import Processor
 from jaxmllm.data.examples import Asking
 from jaxmllm.data.sources import Spec, open_source
 from jaxmllm.errors import InputError
 from jaxmllm.methods.grpo.reward_calls import total_reward
+from jaxmllm.model.family import load_model_config
 
 
 def run(
