@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.table import Table
 
+from jaxmllm.commands.options import Seed
 from jaxmllm.commands.terminal import console
 from jaxmllm.data.relation_pairs.make import make
 from jaxmllm.data.sources import open_source
@@ -22,7 +23,7 @@ def run(
     rivals: int = 1,
     per_picture: int = 4,
     apart: bool = True,
-    seed: int = 0,
+    seed: Seed = 0,
     images: str | None = None,
 ) -> None:
     """Make pairs of matched and mismatched expressions: train, val and test files to read as records:OUT/train.jsonl.

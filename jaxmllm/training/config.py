@@ -61,9 +61,7 @@ class TrainConfig:
     name: str  # of the run folder, below output_dir
     method: Method = GRPO()  # how the model is trained, with its own options: see jaxmllm.methods
     model: str = "tiny"  # a checkpoint folder, a hub id, or "tiny", the embedded model
-    family: str = (
-        ""  # module:object of a model family from outside the package; empty: the one of the checkpoint's model_type
-    )
+    family: str = ""  # module:object of a model family of another package; empty: the one of the model_type
     from_scratch: bool = False  # random weights in the model's architecture
     output_dir: str = "runs"  # the run folder is output_dir/name
     seed: int = 0  # of everything that is drawn at random
