@@ -8,8 +8,9 @@ times the ratio of the counts.
 Data, under data/ (other places: --data.train, --data.eval):
 
     data/pr1/pr1_counting_10k.json  rows problem (the label), image, clicks on the 0..1000 grid: the published training set
-                                    PR1-Datasets-Counting, with image paths below data/pr1/images
+                                    Kangheng/PR1-Datasets-Counting, with image paths below data/pr1/images
     data/pixmo_count/validation.parquet, data/pixmo_count/images    PixMo-Count's validation split with its images
+                                    (allenai/pixmo-count): jaxmllm data fetch pixmo
 
 Variants (a name of its own keeps each run apart):
 

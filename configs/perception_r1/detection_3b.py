@@ -12,7 +12,7 @@ of the training source, --max_steps 625.
     data/coco/annotations/instances_train2017.json    data/coco/train2017/*.jpg
     data/coco/annotations/instances_val2017.json      data/coco/val2017/*.jpg
 
-The published rows (PR1-Datasets-Detection: problem, image, solution in resized pixels) are read by
+The published rows (Kangheng/PR1-Datasets-Detection: problem, image, solution in resized pixels) are read by
 --data.train "pr1:data/pr1/detection.json?task=detection&images=data/pr1/images". AP of all 5,000 validation images:
 
     ./launch/local.sh jaxmllm eval --model runs/detection_3b/export --max_new_tokens 4096 \\

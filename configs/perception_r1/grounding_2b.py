@@ -4,9 +4,12 @@
 
 Data, under data/ (other places: --data.train, --data.eval):
 
-    data/pr1/grounding.parquet     rows problem, image, solution: the published training set PR1-Datasets-Grounding; also a
-                                   folder of shards, .jsonl or .json with image paths below data/pr1
+    data/pr1/grounding.parquet     rows problem, image, solution: the published training set Kangheng/PR1-Datasets-Grounding;
+                                   also a folder of shards, .jsonl or .json with image paths below data/pr1
     data/refcoco/refcoco_val.json  expressions of RefCOCO val in any form of the `refcoco:` source, images in data/refcoco/images
+
+`jaxmllm data fetch pr1:grounding` and `jaxmllm data fetch refcoco` (lmms-lab/RefCOCO, val) get these from the hub and print what
+--data.train (with &sample=first:5000) and --data.eval take.
 
 Variants (a name of its own keeps each run apart):
 

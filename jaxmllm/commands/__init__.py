@@ -15,6 +15,7 @@ COMMANDS = {  # in the order of the help, which reads these lines without an imp
     "report": "Write the HTML report of a run folder again.",
     "plan": "Memory, products and time of a config on a machine that is not here.",
     "data check": "Read every record as training would, and say what does not fit.",
+    "data fetch": "Download a published data set; goes on where it stopped.",
     "data preview": "Draw the first records of a source on one sheet.",
     "data materialise": "Write a slice of the procedural world as a TFDS data set.",
     "data tracks": "Make clips with tracks out of real video.",

@@ -25,7 +25,8 @@ def open_refcoco(
     file = existing(path, folder=True)
     if is_prepared(file):
         return open_prepared(file, split)
-    if file.is_dir() or (file.suffix == ".json" and _starts_with_object(file) and not is_lines(file)):
+    shards = file.is_dir() and any(file.glob("*.parquet"))
+    if (file.is_dir() and not shards) or (file.suffix == ".json" and _starts_with_object(file) and not is_lines(file)):
         return rows_source(file, referring_rows(file, split, dataset), records.referring, "file_name", images)
     rows: Any = Rows(file)
     first = first_row(file, rows)
