@@ -22,6 +22,7 @@ from jaxmllm.model.family import load_model_config
 from jaxmllm.model.logprobs import Sampling
 from jaxmllm.rollout import sampler
 from jaxmllm.rollout.scorer import score_jit
+from jaxmllm.runfiles import not_a_bucket
 from jaxmllm.types import Completions, Prompts
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     """
     if str(path_or_hub_id) == "tiny":
         return TINY
+    not_a_bucket(path_or_hub_id, "model")
     folder = Path(path_or_hub_id)
     if folder.is_dir():
         return folder

@@ -9,6 +9,7 @@ import enum
 import json
 import math
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,16 @@ from typing import Any
 import numpy as np
 
 from jaxmllm.errors import InputError
+
+
+def not_a_bucket(path: str | Path, field: str) -> None:
+    """InputError where a path is an address such as gs://BUCKET/FOLDER; `field` says where it was given."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):  # a Path has one slash left of two
+        raise InputError(
+            f"{field} = {str(path)!r}: addresses of buckets are not read or written. Mount the bucket as a folder, "
+            "gcsfuse --implicit-dirs BUCKET FOLDER, and name that; launch/tpu_vm.sh, xpk.sh, jobset.yaml and skypilot.yaml mount "
+            "one for runs/ and data/"
+        )
 
 
 def plain(value: Any) -> Any:
@@ -158,6 +169,7 @@ def claim(folder: str | Path, config: Any, ignore: Collection[str] = (), default
     values. Raises InputError with the other differing fields when the folder belongs to another config. `defaults` stands
     for fields that the file lacks because they did not exist when it was written.
     """
+    not_a_bucket(folder, "output folder")
     path = Path(folder) / "config.json"
     if path.exists():
         old, new = _filled(plain(defaults), read_json(path)), plain(config)

@@ -26,6 +26,7 @@ from jaxmllm.data.sources import Spec, open_source
 from jaxmllm.errors import InputError
 from jaxmllm.eval import controls, harness, tables
 from jaxmllm.rollout.asker import ask
+from jaxmllm.runfiles import not_a_bucket
 from jaxmllm.training.config import DataConfig, EvaluationConfig, TrainConfig
 from jaxmllm.training.setup import eval_asking, eval_options
 
@@ -70,6 +71,7 @@ def run(
         by: also give the figures for each value of this record field.
         save_pictures: pictures kept in `out` for the report.
     """
+    not_a_bucket(out, "--out")
     config = TrainConfig("eval", data=DataConfig(style=style, thinking=thinking, task_options=task_options))
     config = dataclasses.replace(config, evaluation=EvaluationConfig(system=system, wording=wording, rules=rules))
     asking, options = eval_asking(config), eval_options(config)

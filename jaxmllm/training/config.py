@@ -18,6 +18,7 @@ from jaxmllm.methods.grpo.method import GRPO
 from jaxmllm.methods.method import Facts, Method
 from jaxmllm.methods.optim import OptimConfig
 from jaxmllm.model.lora import LoRAConfig
+from jaxmllm.runfiles import not_a_bucket
 from jaxmllm.tasks import answers
 
 Remat = Literal["none", "dots", "full", "offload"]  # what the backward pass computes again
@@ -100,6 +101,8 @@ class TrainConfig:
     def validate(self) -> "TrainConfig":
         """Raises InputError with one line per problem, each beginning with its field."""
         numbers = list(flags.numbers(self))
+        for field in ("output_dir", "model", "resume_from"):
+            not_a_bucket(getattr(self, field), field)
         problems = [f"{name} = {value}: must be a finite number" for name, value in numbers if not math.isfinite(value)]
         if problems:  # what is compared with NaN passes, and what is computed from it fails
             raise InputError(f"config {self.name!r}:\n  " + "\n  ".join(problems))

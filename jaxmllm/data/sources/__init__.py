@@ -52,6 +52,7 @@ from jaxmllm.data.sources.mixture import ENDLESS, Grouped, Mixture, order
 from jaxmllm.data.sources.registry import KINDS, opener
 from jaxmllm.data.sources.spec import Spec, convert
 from jaxmllm.errors import InputError
+from jaxmllm.runfiles import not_a_bucket
 
 __all__ = [
     "ENDLESS", "KINDS", "Grouped", "Mixture", "RecordSource", "Spec",
@@ -83,6 +84,9 @@ def _open(spec: str | Spec, options: Mapping[str, Any]) -> tuple[RecordSource, f
     read = (Spec.parse(spec) if isinstance(spec, str) else spec).with_options(**options)
     kind, given = read.kind, dict(read.options)
     function = opener(kind, str(spec))
+    if kind in KINDS:  # a kind of another package may read what it likes
+        not_a_bucket(read.path, kind)
+        not_a_bucket(given.get("images", ""), f"{kind}: images")
     common = {key: given.pop(key) for key in COMMON if key in given}
     seed = given.get("seed", 0)
     hints = typing.get_type_hints(function)
