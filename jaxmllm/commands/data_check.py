@@ -13,13 +13,14 @@ from jaxmllm.data.sources import Spec, open_source
 from jaxmllm.errors import InputError
 from jaxmllm.methods.grpo.reward_calls import total_reward
 from jaxmllm.model.family import load_model_config
+from jaxmllm.training.setup import chosen_style
 
 
 def run(
     source: Positional[tuple[str, ...]],
     eval: tuple[str, ...] = (),
     model: str = "tiny",
-    style: Style = "qwen2_5_vl",
+    style: Style = None,
     thinking: Thinking = False,
     max_prompt_length: int = 1024,
     max_new_tokens: int = 512,
@@ -52,7 +53,8 @@ def run(
     )
     pixels = processor.pixel_config
     limits = check.Limits(max_prompt_length, max_new_tokens, pixels.max_pixels, pixels.factor)
-    look = check.Look(processor, Asking({"style": style, "thinking": thinking}), total_reward(style, thinking))
+    written = chosen_style(style, processor.model_config)
+    look = check.Look(processor, Asking({"style": written, "thinking": thinking}), total_reward(written, thinking))
     seen: dict[str, list[check.Seen]] = {}
     with Progress(console=console(), transient=True) as bar:
         for spec, records in opened.items():

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from rich.progress import Progress
 
-from jaxmllm import api
+from jaxmllm import api, tasks
 from jaxmllm.commands.options import (
     BatchSize,
     Dtype,
@@ -28,7 +28,7 @@ from jaxmllm.eval import controls, harness, tables
 from jaxmllm.rollout.asker import ask
 from jaxmllm.runfiles import not_a_bucket
 from jaxmllm.training.config import DataConfig, EvaluationConfig, TrainConfig
-from jaxmllm.training.setup import eval_asking, eval_options
+from jaxmllm.training.setup import chosen_style, eval_asking, eval_options
 
 
 def run(
@@ -36,7 +36,7 @@ def run(
     model: ModelName = "tiny",
     out: Path = Path("runs/eval"),
     task: str | None = None,
-    style: Style = "qwen2_5_vl",
+    style: Style = None,
     thinking: Thinking = False,
     task_options: tuple[str, ...] = (),
     wording: Literal["train", "evaluation"] = "train",
@@ -72,16 +72,18 @@ def run(
         save_pictures: pictures kept in `out` for the report.
     """
     not_a_bucket(out, "--out")
-    config = TrainConfig("eval", data=DataConfig(style=style, thinking=thinking, task_options=task_options))
-    config = dataclasses.replace(config, evaluation=EvaluationConfig(system=system, wording=wording, rules=rules))
-    asking, options = eval_asking(config), eval_options(config)
     if not data:
         raise InputError("--data: name a source, such as world:grounding?split=val")
+    tasks.parsed_options(task_options)
     opened = {spec: open_source(spec, task=task if Spec.parse(spec).kind == "coco" else None) for spec in data}
     loaded = api.load(
         model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels, max_source_pixels=max_source_pixels
     )
     pixels = loaded.processor.pixel_config
+    asked = DataConfig(style=chosen_style(style, loaded.cfg), thinking=thinking, task_options=task_options)
+    config = TrainConfig("eval", data=asked)
+    config = dataclasses.replace(config, evaluation=EvaluationConfig(system=system, wording=wording, rules=rules))
+    asking, options = eval_asking(config), eval_options(config)
 
     def generate(records: Sequence[Mapping[str, Any]]) -> list[str]:
         return ask(

@@ -14,7 +14,10 @@ MinPixels = Annotated[int | None, arg(help="of a resized picture; the checkpoint
 MaxPixels = Annotated[int | None, arg(help="of a resized picture; the checkpoint's without it.")]
 MaxSourcePixels = Annotated[int | None, arg(help="of a picture as it is stored; a larger one is refused.")]
 Style = Annotated[
-    str, arg(help="how boxes are written: qwen2_5_vl (JSON, resized pixels) or qwen2_vl (tokens, 0-1000).")
+    Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"] | None,
+    arg(
+        help="how boxes are written: tokens in 0-1000, JSON in resized pixels or in 0-1000; the model's own without it."
+    ),
 ]
 Thinking = Annotated[bool, arg(help="answers are <think>..</think><answer>..</answer>; questions ask for it.")]
 MaxNewTokens = Annotated[int, arg(help="tokens of an answer; a longer one is cut.")]

@@ -23,7 +23,8 @@ from jaxmllm.data.sources import open_source
 from jaxmllm.errors import InputError
 from jaxmllm.methods.grpo.reward_calls import total_reward
 from jaxmllm.rollout import reflect as loop
-from jaxmllm.tasks import answers, captioning
+from jaxmllm.tasks import captioning
+from jaxmllm.training.setup import chosen_style
 
 REWARD = "reward"  # the critic that is the task's own reward function
 
@@ -38,7 +39,7 @@ def run(
     turns: int = 3,
     history: Literal["full", "current"] = "full",
     out: Path | None = None,
-    style: Style = "qwen2_5_vl",
+    style: Style = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: float = 0.0,
     seed: Seed = 0,
@@ -72,9 +73,6 @@ def run(
     at_least(1, turns=turns, limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if out is not None and (out / "dialogues.jsonl").exists():
         raise InputError(f"{out / 'dialogues.jsonl'}: exists already; name a new folder")
-    if style not in answers.STYLES:
-        raise InputError(f"--style {style!r}: use one of {', '.join(answers.STYLES)}")
-    asking = Asking({"style": style})
     records = _of_picture(image, prompt) if image is not None else _of_source(str(data), limit)
 
     def load(name: str) -> api.Model:
@@ -100,12 +98,14 @@ def run(
         return captioning.prompt(record) if data is None else str(asking.parts(dict(record))[-1]["text"])
 
     policy = load(model)
+    written = chosen_style(style, policy.cfg)
+    asking = Asking({"style": written})
     if data is not None:
         sized = Sized(records, policy.processor.pixel_config)
         records = [sized[k] for k in range(len(sized))]
     answer = speaker(policy)
     comment = answer if critic in (None, model, REWARD) else speaker(load(str(critic)))
-    reward = loop.share_of_gold(total_reward(style), lambda record: asking.answer(dict(record)))
+    reward = loop.share_of_gold(total_reward(written), lambda record: asking.answer(dict(record)))
     if out is None:
         critique = loop.reward_critic(reward) if critic == REWARD else loop.model_critic(comment, history=history)
         _print(loop.reflect(answer, critique, records, turns, question), turns)

@@ -13,6 +13,7 @@ from jaxmllm.data.sources import Spec, open_source
 from jaxmllm.errors import InputError
 from jaxmllm.eval import tpl
 from jaxmllm.intervals import percentiles, ratio, value_and_samples
+from jaxmllm.training.setup import chosen_style
 
 
 def run(
@@ -22,7 +23,7 @@ def run(
     tries: int = 1,
     single_mode: Literal["repeat", "single"] = "repeat",
     out: Path | None = None,
-    style: Style = "qwen2_5_vl",
+    style: Style = None,
     min_tokens: int = 8,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
@@ -49,12 +50,13 @@ def run(
 
     opened = open_source(data)
     loaded = api.load(model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
+    written = chosen_style(style, loaded.cfg)
     scores = tpl.score_source(
         loaded,
         Sized(opened, loaded.processor.pixel_config),
-        Asking({"style": style}),
+        Asking({"style": written}),
         out=out,
-        identity={"data": data, "model": model, "style": style, "pixels": [min_pixels, max_pixels], "dtype": dtype},
+        identity={"data": data, "model": model, "style": written, "pixels": [min_pixels, max_pixels], "dtype": dtype},
         limit=limit,
         min_tokens=min_tokens,
         batch_size=batch_size,

@@ -40,7 +40,6 @@ class Facts:
     batch_size: int
     microbatches: int  # gradient accumulation steps
     sources: tuple[str, ...]  # specs of the training data
-    style: str
     thinking: bool
     lora: bool
     trainable: str

@@ -32,7 +32,7 @@ class DataConfig:
     weights: tuple[float, ...] = ()  # share of each source; equal when empty
     eval: tuple[str, ...] = ()  # evaluated at eval_steps and at both ends
     eval_samples: int = 256  # records of each eval source
-    style: str = "qwen2_5_vl"  # how answers are written: qwen2_5_vl (JSON, resized pixels) or qwen2_vl (tokens, 0-1000)
+    style: str | None = None  # how boxes are written, see tasks.answers.STYLES; None: as the model's family writes them
     task_options: tuple[str, ...] = ()  # of the tasks: name=value, or task.name=value, "detection.weights.penalty=true"
     thinking: bool = False  # answers are <think>..</think><answer>..</answer>; question and system turn ask for it
     system: str | None = None  # system turn of training prompts; None: the template's own (with `thinking`: R1's)
@@ -129,7 +129,7 @@ class TrainConfig:
             problems.append(f"metric_for_best_model = {best!r}: needs eval_steps and data.eval to be measured")
         if self.load_best_model_at_end and not best:
             problems.append("load_best_model_at_end: name the metric in metric_for_best_model")
-        if self.data.style not in answers.STYLES:
+        if self.data.style not in (None, *answers.STYLES):
             problems.append(f"data.style = {self.data.style!r}: use one of {', '.join(answers.STYLES)}")
         try:
             tasks.parsed_options(self.data.task_options)
@@ -152,7 +152,6 @@ class TrainConfig:
             batch_size=self.batch_size,
             microbatches=self.optim.gradient_accumulation_steps,
             sources=self.data.train,
-            style=self.data.style,
             thinking=self.data.thinking,
             lora=self.lora is not None,
             trainable=self.trainable,

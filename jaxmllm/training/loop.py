@@ -23,7 +23,7 @@ from jaxmllm.training.exporting import Exported, export
 from jaxmllm.training.lock import only_here
 from jaxmllm.training.metrics import MetricsWriter, record_start
 from jaxmllm.training.profiling import Trace
-from jaxmllm.training.setup import Opened, best_direction, build, open_data
+from jaxmllm.training.setup import Opened, best_direction, build, open_data, with_style
 from jaxmllm.training.stopping import Interrupted, Stop
 from jaxmllm.training.window import Window
 from jaxmllm.types import TrainState
@@ -61,6 +61,7 @@ def train(config: TrainConfig, watcher: Watcher | Callable[[int, dict[str, float
             if first:
                 stack.enter_context(only_here(config.run_dir))
         watching.phase("loading the model")
+        config = with_style(config)
         context, state = build(config, opened)
         with config.method.open(context) as work:
             run = Run(config, context, opened, work, state, watching)

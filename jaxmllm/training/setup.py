@@ -22,6 +22,8 @@ from jaxmllm.machine.mesh import make_mesh
 from jaxmllm.machine.processes import row_block
 from jaxmllm.machine.targets import same_devices
 from jaxmllm.methods.method import Context
+from jaxmllm.model import family
+from jaxmllm.model.config import ModelConfig
 from jaxmllm.model.family import load_model_config
 from jaxmllm.tasks import answers, ocr
 from jaxmllm.tasks.task import DIRECTIONS
@@ -163,7 +165,8 @@ def system_turn(config: TrainConfig, system: str | None) -> str | None:
 def task_options(config: TrainConfig) -> dict[str, Any]:
     """Options of the tasks in training."""
     data = config.data
-    return {"style": data.style, "thinking": data.thinking, **tasks.parsed_options(data.task_options)}
+    style = {} if data.style is None else {"style": data.style}
+    return {**style, "thinking": data.thinking, **tasks.parsed_options(data.task_options)}
 
 
 def asking_of(config: TrainConfig) -> Asking:
@@ -185,6 +188,28 @@ def eval_asking(config: TrainConfig) -> Asking:
     return Asking(eval_options(config), system_turn(config, config.evaluation.system))
 
 
+def chosen_style(style: str | None, cfg: ModelConfig) -> str:
+    """How boxes are written: as is asked for, or as the published checkpoints of the model's family write them.
+
+    Another style than the family's is warned about. InputError for one that is unknown.
+    """
+    own = family.of(cfg).style(cfg)
+    if style not in (None, *answers.STYLES):
+        raise InputError(f"style {style!r}: use one of {', '.join(answers.STYLES)}")
+    if style not in (None, own):
+        usual = answers.STYLES[own].words
+        log.warning("style %s: checkpoints of this family write %s (style %s)", style, usual, own)
+    return style or own
+
+
+def with_style(config: TrainConfig) -> TrainConfig:
+    """The config with the style of its boxes filled in, from the config.json of its model."""
+    if config.data.style is not None:
+        return config
+    cfg = load_model_config(api.resolve(config.model), config.family)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, style=chosen_style(None, cfg)))
+
+
 def boxes_in_words(config: TrainConfig, source: Sized) -> str:
     """How boxes are written, with the first gold answer that has one; "" where the first records have none."""
     asking = asking_of(config)
@@ -193,7 +218,8 @@ def boxes_in_words(config: TrainConfig, source: Sized) -> str:
             record = source[index]
             if "box" in record or "boxes" in record or "points" in record:
                 gold = asking.answer(dict(record))
-                return f"boxes are {answers.STYLES[config.data.style].words}; a right answer: {gold[:200]!r}"
+                style = answers.STYLES[str(config.data.style)]
+                return f"boxes are {style.words}; a right answer: {gold[:200]!r}"
         except (InputError, LookupError, TypeError, ValueError):
             continue
     return ""
@@ -209,6 +235,7 @@ def open_mixture(config: TrainConfig) -> RecordSource:
 def build(config: TrainConfig, opened: Opened | None = None) -> tuple[Context, TrainState]:
     """Loads and shards the model of a config. Raises InputError before anything is compiled or written."""
     opened = open_data(config.validate()) if opened is None else opened
+    config = with_style(config)
     mesh = build_mesh(config)
     sample_mesh, data = build_sample_mesh(config, mesh), config.data
     for name, laid_out in (("mesh", mesh), ("sample_mesh", sample_mesh)):
@@ -219,6 +246,7 @@ def build(config: TrainConfig, opened: Opened | None = None) -> tuple[Context, T
                 f"--batch_size {-(-config.batch_size // parts) * parts}"
             )
     model = load_model(config, mesh)
+    chosen_style(config.data.style, model.cfg)
     if boxes := boxes_in_words(config, Sized(opened.mixture, model.processor.pixel_config)):
         log.info("%s", boxes)
     params = grown(config, model.params, model.cfg)
