@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmllm.data.chat import Buckets, Example, Processor, collate, collate_completions
+from jaxmllm.data.examples import Asking
 from jaxmllm.errors import InputError
 from jaxmllm.machine import processes
 from jaxmllm.machine.mesh import param_shardings, shard_batch
@@ -355,3 +356,24 @@ def init_params(cfg: ModelConfig, seed: int, mesh: Mesh | None = None) -> dict:
     shardings = None if mesh is None else param_shardings(hf.abstract_params(cfg), mesh)
     make = jax.jit(lambda key: family.init(key, cfg), out_shardings=shardings)
     return make(jax.random.key(seed))
+
+
+def ask(
+    model: Model,
+    asking: Asking,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int,
+    repetition_penalty: float = 1.0,
+    batch_size: int | None = None,
+) -> list[str]:
+    """The model's greedy answer to each record. `batch_size`: prompts a program; None: all of them."""
+    found = generate(
+        model,
+        [asking.conversation(dict(record)) for record in records],
+        max_new_tokens=max_new_tokens,
+        temperature=0.0,
+        repetition_penalty=repetition_penalty,
+        batch_size=batch_size or max(len(records), 1),
+    )
+    return [group[0].text for group in found]

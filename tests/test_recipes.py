@@ -16,7 +16,7 @@ from jaxmllm.errors import InputError
 from jaxmllm.eval import measure
 from jaxmllm.eval.harness import evaluate
 from jaxmllm.machine.targets import load_mesh
-from jaxmllm.methods.method import load_exported
+from jaxmllm.methods.exported import load_exported
 from jaxmllm.plan import plan as make_plan
 from jaxmllm.runfiles import read_lines
 from jaxmllm.training.checkpoint import read_params

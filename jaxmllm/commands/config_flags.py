@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from jaxmllm import flags, methods
-from jaxmllm.commands.parser import gathered
+from jaxmllm.commands.gathering import gathered
 from jaxmllm.errors import InputError
 from jaxmllm.machine.mesh import MeshConfig
 from jaxmllm.model.lora import LoRAConfig

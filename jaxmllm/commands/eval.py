@@ -25,7 +25,6 @@ from jaxmllm.data.examples import Sized
 from jaxmllm.data.sources import Spec, open_source
 from jaxmllm.errors import InputError
 from jaxmllm.eval import controls, harness, tables
-from jaxmllm.rollout.asker import ask
 from jaxmllm.runfiles import not_a_bucket
 from jaxmllm.training.config import DataConfig, EvaluationConfig, TrainConfig
 from jaxmllm.training.setup import chosen_style, eval_asking, eval_options
@@ -86,7 +85,7 @@ def run(
     asking, options = eval_asking(config), eval_options(config)
 
     def generate(records: Sequence[Mapping[str, Any]]) -> list[str]:
-        return ask(
+        return api.ask(
             loaded,
             asking,
             records,

@@ -4,7 +4,6 @@ A command whose first parameter is a run's config takes a file first, `jaxmllm t
 of the file's config are flags too.
 """
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Any, NoReturn
 import tyro
 
 from jaxmllm import commands
+from jaxmllm.commands.gathering import gathered
 from jaxmllm.errors import EXIT_INPUT, InputError
 from jaxmllm.flags import flag_types, spelled
 
@@ -49,19 +49,6 @@ def parse(function: Callable[..., Any], arguments: Sequence[str], prog: str) -> 
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"--{name} {value}: must be a finite number")
     return positional, values
-
-
-def gathered(function: Callable[..., Any], **defaults: Any) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    """A function with the parameters of `function`, and these defaults, that returns what it is called with."""
-
-    @functools.wraps(function)
-    def gather(*positional: Any, **values: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return positional, values
-
-    signature = inspect.signature(function)
-    parameters = [p.replace(default=defaults.get(name, p.default)) for name, p in signature.parameters.items()]
-    gather.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return gather
 
 
 def _overview(arguments: Sequence[str]) -> NoReturn:

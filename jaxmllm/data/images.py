@@ -189,19 +189,6 @@ def load_pixel_config(
     return pixel_config(model, raw, str(path), min_pixels=min_pixels, max_pixels=max_pixels)
 
 
-def write_limits(folder: str | Path, min_pixels: int, max_pixels: int) -> None:
-    """Sets the limits of a resized image in the processor files of a checkpoint folder, so that it is asked as it was trained."""
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        path = Path(folder) / name
-        raw = read_json(path)
-        part = raw.get("image_processor") if name == "processor_config.json" else raw
-        if path.exists() and part is not None:
-            part |= {"min_pixels": min_pixels, "max_pixels": max_pixels}
-            if isinstance(part.get("size"), dict):
-                part["size"] |= {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-            path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-
-
 # ---------------------------------------------------------------- pixels
 
 

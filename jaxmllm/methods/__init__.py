@@ -1,4 +1,4 @@
-"""Training methods. One file or folder each; `METHODS` is the only list of them.
+"""Training methods. One file or folder each; `METHODS` in names.py is the only list of them.
 
 A method from outside the package is named `module:Class`; see CONTRIBUTING.md.
 """
@@ -9,18 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxmllm.errors import InputError
+from jaxmllm.methods.names import METHODS
 
 if TYPE_CHECKING:
     from jaxmllm.methods.method import Method
 
-METHODS = {
-    "grpo": "jaxmllm.methods.grpo.method:GRPO",
-    "sft": "jaxmllm.methods.sft:SFT",
-    "unlikelihood": "jaxmllm.methods.unlikelihood:Unlikelihood",
-    "dpo": "jaxmllm.methods.dpo:DPO",
-    "vision_warmup": "jaxmllm.methods.warmup:VisionWarmup",
-    "rcrn": "jaxmllm.methods.rcrn.method:RCRN",
-}
 _CLASSES = {target.partition(":")[2]: target for target in METHODS.values()}
 
 
@@ -39,12 +32,6 @@ def get(name: str) -> type[Method]:
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise InputError(f"method {name!r}: not a subclass of jaxmllm.methods.method.Method")
     return found
-
-
-def name_of(cls: type) -> str:
-    """The name that `get` knows a class by."""
-    target = f"{cls.__module__}:{cls.__qualname__}"
-    return next((name for name, known in METHODS.items() if known == target), target)
 
 
 def __getattr__(name: str) -> Any:

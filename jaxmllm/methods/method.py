@@ -6,7 +6,6 @@ batches and makes updates. Parameters are never part of a context, because updat
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,15 +15,14 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxmllm import api
-from jaxmllm import methods as registry
 from jaxmllm.data.examples import Asking
 from jaxmllm.data.sources import RecordSource
 from jaxmllm.errors import InputError
+from jaxmllm.methods.names import name_of
 from jaxmllm.methods.shapes import Program, Sizes
 from jaxmllm.methods.update import Update
 from jaxmllm.model.config import ModelConfig
-from jaxmllm.rollout.asker import ask
-from jaxmllm.runfiles import plain, read_json, write_json
+from jaxmllm.runfiles import plain, write_json
 from jaxmllm.tasks.task import Direction
 from jaxmllm.types import TrainState
 
@@ -173,7 +171,7 @@ class Method:
     free: ClassVar[tuple[str, ...]] = ()  # options that do not enter the numbers: they may change when a run goes on
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", registry.name_of(type(self)))
+        object.__setattr__(self, "name", name_of(type(self)))
 
     def problems(self, facts: Facts) -> list[str]:
         """A line for every mistake in the options, alone or beside the rest of the config; each begins with its field."""
@@ -220,7 +218,7 @@ class Method:
 
     def answers(self, params: Params, records: Sequence[Mapping[str, Any]], context: Context) -> list[str]:
         """Answers to records in evaluation: greedy texts, unless the method has an answer of its own."""
-        return ask(
+        return api.ask(
             context.own_model(params),
             context.evaluating,
             records,
@@ -246,34 +244,3 @@ TENSORS, DESCRIPTION = "method.safetensors", "method.json"
 
 def _options(method: Method) -> dict[str, Any]:
     return {f.name: plain(getattr(method, f.name)) for f in dataclasses.fields(method) if f.init}
-
-
-def described_method(name: str, options: Mapping[str, Any]) -> Method:
-    """The method of a name and options as they are written into JSON. InputError or TypeError where they do not fit."""
-    plain_tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    return registry.get(name)(**plain_tuples)
-
-
-def load_exported(folder: Path) -> tuple[Method, Params] | None:
-    """The method that trained an exported folder and the parameters it added; None for a folder without method.json.
-
-    InputError where they do not fit each other.
-    """
-    if not (folder / DESCRIPTION).exists():
-        return None
-    from safetensors.flax import load_file
-
-    described = read_json(folder / DESCRIPTION)
-    try:
-        method = described_method(described["method"], described["options"])
-        tensors = load_file(folder / TENSORS)
-    except (KeyError, TypeError, OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{folder / DESCRIPTION}: {type(error).__name__}: {error}") from error
-    params: Params = {}
-    for path, tensor in tensors.items():
-        node = params
-        *parents, last = path.split(".")
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = tensor
-    return method, params

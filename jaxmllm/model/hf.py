@@ -346,8 +346,6 @@ def _finish(
             if file.name != "model.safetensors.index.json":
                 shutil.copy(file, stage / file.name)
     if pixels is not None:
-        from jaxmllm.data.images import write_limits  # Pillow, which nothing else here needs
-
         write_limits(stage, *pixels)
     if (stage / "config.json").exists():
         config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
@@ -375,3 +373,16 @@ def tie(config: dict, tied: bool) -> None:
     for part in (config, config.get("text_config") or {}):
         if part is config or "tie_word_embeddings" in part:
             part["tie_word_embeddings"] = tied
+
+
+def write_limits(folder: str | Path, min_pixels: int, max_pixels: int) -> None:
+    """Sets the limits of a resized image in the processor files of a checkpoint folder, so that it is asked as it was trained."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        path = Path(folder) / name
+        raw = read_json(path)
+        part = raw.get("image_processor") if name == "processor_config.json" else raw
+        if path.exists() and part is not None:
+            part |= {"min_pixels": min_pixels, "max_pixels": max_pixels}
+            if isinstance(part.get("size"), dict):
+                part["size"] |= {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+            path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from jaxmllm import api
 from jaxmllm.data.images import load_pixel_config
 from jaxmllm.errors import InputError
-from jaxmllm.methods.method import Method, Params, described_method
+from jaxmllm.methods.exported import described_method
+from jaxmllm.methods.method import Method, Params
 from jaxmllm.model import family, hf, lora
 from jaxmllm.model.config import ModelConfig
 from jaxmllm.model.family import load_model_config
