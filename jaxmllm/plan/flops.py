@@ -83,5 +83,6 @@ def _equation(equation: Any, steps: int, chosen: float, scopes: str) -> float:
         return 2.0 * products * blocks * side * side * width
     if name.startswith("dot_product_attention_"):  # cuDNN's
         causal, backward = options["mask_type"].name == "CAUSAL", "_bwd" in name
-        return cudnn_products(*(v.aval.shape for v in equation.invars[:2]), causal, backward)
+        query, keys = (v.aval.shape for v in equation.invars[:2])
+        return cudnn_products(query, keys, causal, backward)
     return sum(map(inside, jaxprs_in_params(options)))
