@@ -92,3 +92,25 @@ def test_a_reward_process_loads_no_jax():
     code = "import sys, jaxmllm.methods.grpo.reward_calls as r; r.resolve('task'); print('jax' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert run.stdout.strip() == "False"
+
+
+def test_functions_are_short_or_say_why_not():
+    """At most 60 lines of code, docstring, comments and blank lines aside; `# long: reason` stands beside a longer one."""
+    for name, path in modules().items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            first = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            if not first:
+                continue
+            code = [line.strip() for line in lines[first[0].lineno - 1 : node.end_lineno]]
+            length = sum(bool(line) and not line.startswith("#") for line in code)
+            told = any("# long: " in line for line in lines[node.lineno - 1 : node.body[0].end_lineno])
+            assert length <= 60 or told, f"{name}.{node.name} has {length} lines"
+
+
+def test_files_are_short():
+    listed = [path for folder in ("jaxmllm", "tests", "configs") for path in (ROOT / folder).rglob("*.py")]
+    long = {path.name: count for path in listed if (count := path.read_text(encoding="utf-8").count("\n")) > 500}
+    assert not long

@@ -173,8 +173,8 @@ class ClipSource(Source):
             }
             if sum(int(t) <= self.windows.frames for t in boxes) < 2:
                 continue
-            timed = {key: _spans(track[key], number) for key in ("action", "location") if key in track}
-            shown = {str(number[t]): v for t, v in seen.items() if t in number}
+            timed: dict[str, Any] = {key: _spans(track[key], number) for key in ("action", "location") if key in track}
+            shown: dict[str, Any] = {str(number[t]): v for t, v in seen.items() if t in number}
             found.append({**track, "boxes": boxes, "visibility": shown, **timed})
         return found
 

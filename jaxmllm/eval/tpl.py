@@ -18,6 +18,7 @@ import numpy as np
 from jaxmllm import api
 from jaxmllm.data.examples import Asking
 from jaxmllm.data.images import load_image
+from jaxmllm.data.sources import RecordSource
 from jaxmllm.data.video import load_video
 from jaxmllm.errors import InputError
 from jaxmllm.eval.perplexity import choose_frames, single_frame_clip, tpl_filter, tpl_score
@@ -163,7 +164,7 @@ def keep(scores: Sequence[Mapping[str, Any]], min_tokens: int = 8) -> list[bool]
 
 def score_source(
     model: api.Model,
-    source: Sequence[Record],
+    source: RecordSource,
     asking: Asking | None = None,
     *,
     out: Path | None = None,
@@ -197,7 +198,7 @@ def score_source(
             other = sorted(key for key in {*header, *mine} if header.get(key) != mine.get(key))
             raise InputError(f"{part}: begun with another {', '.join(other)}; remove it or name a new file")
     with JsonLines(part) if part is not None else contextlib.nullcontext() as file:
-        if file is not None and not rows and not part.stat().st_size:
+        if file is not None and part is not None and not rows and not part.stat().st_size:
             file.append([mine])
         while len(rows) < total:
             first = len(rows)

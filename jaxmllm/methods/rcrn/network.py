@@ -374,7 +374,7 @@ def _relation_scores(
 
 def apply(
     params: Params, cfg: RCRNConfig, inputs: Inputs, key: Key[Array, ""] | None = None, readout: str = "released"
-) -> dict[str, Array]:
+) -> dict[str, Array]:  # long: the sheet's equations in their order, each used by the next
     """Run RCRN on a batch. With a `key`, dropout is on.
 
     Returns a dict: `b_root` [B, N] (grounding belief of the referred object), `match_logit` [B] (match iff > 0),
