@@ -21,10 +21,10 @@ from jaxmllm.data.images import (
     pixel_config,
     smart_resize,
     window_layout,
-    write_limits,
 )
 from jaxmllm.errors import InputError
 from jaxmllm.model.config import ModelConfig, TextConfig, VisionConfig
+from jaxmllm.model.hf import write_limits
 
 SHARED = Path(os.environ.get("JAXMLLM_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 MODEL = ModelConfig(
