@@ -95,6 +95,9 @@ def resolve(path_or_hub_id: str | Path) -> Path:
         raise InputError(
             f"{path_or_hub_id}: no such checkpoint folder (a hub id looks like Qwen/Qwen2.5-VL-3B-Instruct)"
         )
+    if folder.parent.is_dir():  # such as runs/NAME: meant as a folder, not as a hub id
+        there = ", ".join(sorted(path.name for path in folder.parent.iterdir() if path.is_dir())[:8]) or "no folder"
+        raise InputError(f"{path_or_hub_id}: no such checkpoint folder; {folder.parent} holds {there}")
     from huggingface_hub import snapshot_download
 
     try:

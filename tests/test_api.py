@@ -261,6 +261,10 @@ def test_what_cannot_be_loaded(folder, tmp_path, monkeypatch):
     for name in (tmp_path / "nowhere", "./nowhere/model", "nowhere", folder / "config.json"):
         with pytest.raises(InputError, match="no such checkpoint folder"):
             jaxmllm.load(name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "other").mkdir(parents=True)
+    with pytest.raises(InputError, match="runs/mine: no such checkpoint folder; runs holds other"):
+        jaxmllm.load("runs/mine")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="nobody/nothing: not a local folder, and the hub download failed"):
         jaxmllm.load("nobody/nothing")

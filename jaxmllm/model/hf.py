@@ -26,6 +26,7 @@ from jaxmllm.model import family
 from jaxmllm.model.config import ModelConfig
 from jaxmllm.model.family import Family
 from jaxmllm.model.safetensors import DTYPES, Stored, is_finite, read_headers
+from jaxmllm.runfiles import read_json
 
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|rotary_pos_emb\.inv_freq$")  # buffers that old versions saved
 MAX_LISTED = 40
@@ -379,9 +380,11 @@ def write_limits(folder: str | Path, min_pixels: int, max_pixels: int) -> None:
     """Sets the limits of a resized image in the processor files of a checkpoint folder, so that it is asked as it was trained."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         path = Path(folder) / name
+        if not path.exists():
+            continue
         raw = read_json(path)
         part = raw.get("image_processor") if name == "processor_config.json" else raw
-        if path.exists() and part is not None:
+        if part is not None:
             part |= {"min_pixels": min_pixels, "max_pixels": max_pixels}
             if isinstance(part.get("size"), dict):
                 part["size"] |= {"shortest_edge": min_pixels, "longest_edge": max_pixels}
