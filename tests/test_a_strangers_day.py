@@ -142,7 +142,6 @@ def test_from_pictures_and_answers_to_transformers(tmp_path, installed):
         assert ours and ours == transformers_says(export, tmp_path / picture, 8)
 
 
-@pytest.mark.xfail(strict=True, reason="no source reads CSV yet; the day above makes JSON lines of it by itself")
 def test_the_csv_file_itself_is_read(tmp_path):
     data(tmp_path)
     record = open_source(f"chat:{tmp_path / 'train.csv'}")[0]

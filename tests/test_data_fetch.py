@@ -115,7 +115,7 @@ def call(hub: str, folder: Path, name: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
 
-def test_grounding_cut_off_and_called_again(hub, tmp_path):
+def test_grounding_cut_off_and_called_again(hub, tmp_path, monkeypatch):
     rows = [
         {"image": {"bytes": picture(k), "path": None}, "problem": "the dog", "solution": [1.0, 2.0, 30.0, 35.0]}
         for k in range(3)
@@ -133,7 +133,7 @@ def test_grounding_cut_off_and_called_again(hub, tmp_path):
     assert len(got) == 1 and "00001-of" in got[0]  # what was whole does not come again
     assert not any("README" in line for line in Hub.asked)
     source = ran.stdout.split()[-1]
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     found = open_source(source)
     assert (len(found), found[0]["expression"]) == (3, "the dog")
     Hub.asked.clear()
@@ -141,7 +141,7 @@ def test_grounding_cut_off_and_called_again(hub, tmp_path):
     assert not any(line.startswith("GET /datasets") for line in Hub.asked)  # nothing comes twice
 
 
-def test_pixmo_with_its_pictures(hub, tmp_path):
+def test_pixmo_with_its_pictures(hub, tmp_path, monkeypatch):
     good, other = picture(1), picture(2)
     sums = [hashlib.sha256(content).hexdigest() for content in (good, other, b"gone")]
     Hub.pictures = {"good.png": good, "changed.png": b"not what was annotated"}
@@ -161,13 +161,13 @@ def test_pixmo_with_its_pictures(hub, tmp_path):
     ran = call(hub, tmp_path, "pixmo")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split()[-1] == "pixmo:data/pixmo_count/validation.parquet?images=data/pixmo_count/images"
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     (record,) = open_source(ran.stdout.split()[-1])
     assert (record["label"], record["count"], record["points"]) == ("cup", 1, [[3.0, 4.0]])
     assert [path.name for path in (tmp_path / "data" / "pixmo_count" / "images").iterdir()] == [sums[0]]
 
 
-def test_refcoco_in_shards(hub, tmp_path):
+def test_refcoco_in_shards(hub, tmp_path, monkeypatch):
     row = {
         "image": {"bytes": picture(1), "path": None},
         "answer": ["the cat", "a cat"],
@@ -177,7 +177,7 @@ def test_refcoco_in_shards(hub, tmp_path):
     Hub.files = {"lmms-lab/RefCOCO": {f"data/val-0000{k}-of-00002.parquet": table([row]) for k in range(2)}}
     ran = call(hub, tmp_path, "refcoco")
     assert ran.returncode == 0, ran.stderr
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     found = open_source(ran.stdout.split()[-1])
     assert len(found) == 4 and list(found[0]["box"]) == [10, 5, 30, 15]
 

@@ -48,7 +48,7 @@ def leaves(value, path=""):
     if isinstance(value, dict | list | tuple):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for name, part in items for k, v in leaves(part, f"{path}/{name}").items()}
-    return {path: value}
+    return {} if value is None else {path: value}
 
 
 def same(a, b):

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from rich.console import Console
 from rich.table import Table
 
 from jaxmllm.commands.options import Seed
-from jaxmllm.commands.terminal import console
 from jaxmllm.data.relation_pairs.make import make
 from jaxmllm.data.sources import open_source
 from jaxmllm.world.preview import preview
@@ -48,7 +48,7 @@ def run(
         alone = line.get("language_only")
         told = "" if alone is None else f"{alone:.3f}"
         table.add_row(name, str(line["pairs"]), str(line.get("pictures", 0)), str(line.get("verified", 0)), told)
-    console().print(table)
+    Console(highlight=False).print(table)
     first = next((name for name, line in summary.items() if line["pairs"]), None)
     if first is not None:
         print(f"preview: {preview(open_source(f'records:{out}/{first}.jsonl'), out / 'preview.png')}")

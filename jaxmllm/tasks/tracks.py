@@ -53,7 +53,7 @@ QUERIES: dict[str, tuple[str, ...]] = {
         "Given the beginning {cue}, name and describe the subject and give its whole trajectory.",
         "The trajectory begins {cue}. Say which subject this is, how it looks, and where it moves until the end.",
         "Which subject starts along {cue}? Describe it and trace it through all frames.",
-        "Look along {cue}: name what moves there and its appearance. Complete its trajectory.",
+        "Look along {cue}: name what moves there and its appearance. Track it to the end.",
     ),
     "category": (
         "Trace every {cue} in the clip.",
